@@ -1,0 +1,232 @@
+"""One strict pydantic model per verb: the schema of every YAML. Imports neither torch nor diffusers.
+
+Nothing below the verbs ever sees a config object: parts take flat parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from diffalign.configfile import Strict
+
+Json = Any
+
+
+class LoraConfig(Strict):
+    """A low-rank adapter on the trained network."""
+
+    rank: int = Field(default=16, gt=0, description="rank of the update")
+    alpha: int | None = Field(default=None, gt=0, description="scale numerator; default: the rank (scale 1)")
+    targets: list[str] | None = Field(default=None, description="module name endings; default: the family's own list")
+
+
+class ModelConfig(Strict):
+    """Which network, from where, in which form."""
+
+    family: str = Field(description="a family name, see `diffalign list families`")
+    path: str = Field(description="a diffusers folder, a Hub id, or `embedded:shapes`")
+    adapter: str | None = Field(default=None, description="LoRA folder to load on top (generation and evaluation)")
+    lora: LoraConfig | None = Field(default=None, description="train a LoRA; without it the full network trains")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 ...")
+
+
+class SamplingConfig(Strict):
+    """How images are sampled."""
+
+    sampler: str = "euler"
+    steps: int = Field(default=20, gt=0)
+    guidance: float = Field(default=1.0, ge=0, description="1 = no classifier-free guidance")
+    size: tuple[int, int] | None = Field(default=None, description="height, width in pixels; default: the model's own")
+    batch: int = Field(default=64, gt=0, description="images per forward")
+
+
+class PromptsConfig(Strict):
+    """Where prompts come from."""
+
+    source: str = Field(description="`shapes:train`, `shapes:heldout`, a .txt (a prompt per line) or a .jsonl file")
+    per_task: int | None = Field(default=None, gt=0, description="so many prompts of every task, cycling if needed")
+    limit: int | None = Field(default=None, gt=0, description="at most this many prompts")
+
+
+class GenerateConfig(Strict):
+    """`diffalign generate`: prompts x seeds -> records.jsonl + media/."""
+
+    model: ModelConfig
+    prompts: PromptsConfig
+    candidates: int = Field(default=4, gt=0, description="samples per prompt")
+    sampling: SamplingConfig = SamplingConfig()
+    seed: int = 0
+    out: str = Field(description="folder for records.jsonl and media/")
+
+
+class ScorerConfig(Strict):
+    """One scorer and the label it writes."""
+
+    name: str = Field(description="a scorer name, see `diffalign list scorers`, or `package.module:build`")
+    label: str | None = Field(default=None, description="label to write; default: the scorer's name")
+    params: dict[str, Json] = Field(default_factory=dict, description="keyword arguments of the scorer's build()")
+
+
+class ScoreConfig(Strict):
+    """`diffalign score`: records -> records with labels."""
+
+    records: str
+    out: str = Field(description="output .jsonl, in the folder of the input (media paths are relative to it)")
+    scorers: list[ScorerConfig] = Field(min_length=1)
+    batch: int = Field(default=256, gt=0)
+
+
+class BuildConfig(Strict):
+    """`diffalign build`: scored candidates -> training records with `labels.reward`."""
+
+    records: str
+    out: str = Field(description="output .jsonl, in the folder of the input")
+    reward: dict[str, float] = Field(min_length=1, description="label -> weight")
+    combine: Literal["sum", "wins"] = Field(default="sum", description="weighted sum, or win counting (RankDPO)")
+    rule: Literal["best_worst", "all_pairs", "ranked"] = "best_worst"
+    margin: float = Field(default=0.0, ge=0, description="reward differences up to this are ties, dropped")
+    per_prompt: int | None = Field(default=None, gt=0, description="all_pairs: keep the widest so many per prompt")
+    top: int | None = Field(default=None, gt=1, description="ranked: keep the best so many candidates")
+
+
+class DataConfig(Strict):
+    """What a run trains on."""
+
+    records: str
+    size: tuple[int, int] | None = Field(default=None, description="height, width in pixels; default: the model's own")
+    cache: str | None = Field(default=None, description="latent and prompt cache; default: beside the records")
+
+
+class MethodConfig(Strict):
+    """A row of the catalogue and changes to it. Parameters are checked against the signatures of the parts."""
+
+    name: str = Field(description="see `diffalign list methods`")
+    draw: dict[str, Json] = Field(default_factory=dict)
+    estimate: dict[str, Json] = Field(default_factory=dict)
+    objective: dict[str, Json] = Field(default_factory=dict, description="`name` swaps the objective")
+
+
+class OptimConfig(Strict):
+    """Optimiser and learning rate; `params` go to the torch optimiser of that name."""
+
+    name: str = Field(default="adamw", description="a torch.optim class, any case")
+    lr: float = Field(default=1e-5, gt=0)
+    params: dict[str, Json] = Field(default_factory=dict)
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    clip: float | None = Field(default=1.0, gt=0, description="gradient norm clip; null for none")
+
+
+class RunConfig(Strict):
+    """The run directory and the length of training."""
+
+    dir: str
+    steps: int = Field(gt=0)
+    batch: int = Field(default=1, gt=0, description="records per micro-step and process")
+    accumulate: int = Field(default=1, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    save_every: int = Field(default=0, ge=0, description="steps between checkpoints; 0 = only at the end")
+    keep: int = Field(default=2, gt=0, description="checkpoints to keep")
+    ema: float | None = Field(
+        default=None, gt=0, lt=1, description="decay of a moving average; it is what gets exported"
+    )
+    resume: str | None = Field(default=None, description="`latest` or a checkpoint folder")
+
+
+class TrainConfig(Strict):
+    """`diffalign train`: records -> aligned weights."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig
+
+
+class EvalConfig(Strict):
+    """`diffalign eval`: a GenEval-style table of one model, paired with a second one if given."""
+
+    model: ModelConfig
+    against: ModelConfig | None = Field(default=None, description="baseline on the same prompts and seeds")
+    prompts: PromptsConfig
+    judge: ScorerConfig
+    candidates: int = Field(default=1, gt=0, description="images per prompt")
+    sampling: SamplingConfig = SamplingConfig()
+    seed: int = 10_000
+    note: str = Field(default="", description="what to say about prompts and judge in the results")
+    out: str = Field(description="folder for results.json and the image records")
+
+
+class ReportConfig(Strict):
+    """`diffalign report`: a folder of runs and evaluations -> one self-contained HTML page."""
+
+    dir: str = Field(description="folder whose sub-folders hold generate, score, train and eval results")
+    out: str = Field(default="report.html", description="file name, relative to `dir`")
+    title: str = "diffalign report"
+
+
+class QuickstartConfig(Strict):
+    """`diffalign quickstart`: the whole job; each stage is the config of its verb, minus model and paths."""
+
+    class Stage(Strict):
+        """Prompts and how to sample them."""
+
+        prompts: PromptsConfig
+        candidates: int = Field(default=1, gt=0)
+        sampling: SamplingConfig = SamplingConfig()
+        seed: int = 0
+
+    class Evaluation(Stage):
+        """A stage whose images are judged."""
+
+        seed: int = 10_000
+        note: str = ""
+
+    class Rules(Strict):
+        """The rules of `build`."""
+
+        reward: dict[str, float]
+        combine: Literal["sum", "wins"] = "sum"
+        rule: Literal["best_worst", "all_pairs", "ranked"] = "all_pairs"
+        margin: float = 0.0
+        per_prompt: int | None = None
+        top: int | None = None
+
+    class Training(Strict):
+        """Method, optimiser and length."""
+
+        method: MethodConfig
+        optim: OptimConfig = OptimConfig()
+        steps: int = Field(gt=0)
+        batch: int = Field(gt=0)
+        precision: Literal["fp32", "bf16"] = "fp32"
+        save_every: int = Field(default=50, ge=0)
+
+    title: str = "diffalign quickstart"
+    dir: str = "runs/quickstart"
+    seed: int = 0
+    model: ModelConfig
+    generate: Stage
+    scorers: list[ScorerConfig] = Field(min_length=1)
+    build: Rules
+    train: Training
+    judge: ScorerConfig
+    evaluate: dict[str, Evaluation] = Field(min_length=1, description="name -> evaluation")
+    seconds: dict[str, int] = Field(default_factory=dict, description="expected seconds per stage, to show")
+
+
+VERBS: dict[str, tuple[type[Strict] | None, str, str]] = {
+    "quickstart": (QuickstartConfig, "diffalign.quickstart:run", "the whole job on the embedded default"),
+    "generate": (GenerateConfig, "diffalign.generate:run", "prompts x seeds -> candidates on disk"),
+    "score": (ScoreConfig, "diffalign.score:run", "candidates -> candidates with labels"),
+    "build": (BuildConfig, "diffalign.build:run", "scored candidates -> pairs or rankings"),
+    "train": (TrainConfig, "diffalign.train.offline:run", "records -> aligned weights"),
+    "eval": (EvalConfig, "diffalign.evaluate:run", "GenEval-style table, paired with a baseline"),
+    "report": (ReportConfig, "diffalign.report:run", "run folders -> one HTML page"),
+    "list": (None, "diffalign.doctor:list_command", "methods, objectives, families, scorers"),
+    "doctor": (None, "diffalign.doctor:run", "versions, devices, disk, config and data"),
+}
+"""verb -> (config model, "module:function", one line of help). A test pins the set."""

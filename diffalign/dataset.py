@@ -1,0 +1,192 @@
+"""Records -> Batches. Latents and prompt embeddings are encoded once and kept on disk; order depends on position only.
+
+The cache is disposable: shards of safetensors named by a digest of everything that decides their content (family,
+revision, resolution, records, media bytes), holding the posterior's mean and log-variance rather than a draw. A shard
+is written aside and renamed, so a killed or concurrent writer can leave nothing half-written behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from diffalign import records as store
+from diffalign.errors import UserError
+from diffalign.files import replacing
+from diffalign.records import Record
+from diffalign.registry import Objective
+from diffalign.types import Batch, Condition
+
+SHARD = 512  # records per cache file
+
+
+class Encoder(Protocol):
+    """What the dataset needs of an image family."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def image_size(self, size: tuple[int, int] | None) -> tuple[int, int]: ...
+    def encode_prompt(self, prompts: Sequence[str]) -> Condition: ...
+    def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
+    def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor | None) -> Tensor: ...
+
+
+def check_records(records: Sequence[Record], objective: Objective, where: str) -> None:
+    """Refuse data an objective cannot learn from, before any network runs.
+
+    Raises:
+        UserError: names the first record with too few or too many candidates, or a missing label.
+    """
+    if not records:
+        raise UserError(f"{where}: no records")
+    for record in records:
+        k = len(record.candidates)
+        if objective.k is not None and k != objective.k:
+            raise UserError(
+                f"{where}: record {record.id!r} has {k} candidate{'s' * (k != 1)}, objective {objective.name!r} "
+                f"needs exactly {objective.k}; run `diffalign build` with a rule that makes them"
+            )
+        for candidate, label in itertools.product(record.candidates, objective.labels):
+            if label not in candidate.labels:
+                raise UserError(f"{where}: record {record.id!r} has a candidate without the label {label!r}")
+    rewards = [[c.labels.get("reward") for c in r.candidates] for r in records]
+    if objective.k != 1 and "reward" in objective.labels and all(all(v == row[0] for v in row) for row in rewards):
+        raise UserError(f"{where}: all ties: no record prefers one candidate to another, there is nothing to learn")
+
+
+def to_tensor(image: object, size: tuple[int, int]) -> Tensor:
+    """A PIL image -> (3, H, W) in [-1, 1]; resized to cover ``size`` and centre-cropped when it differs."""
+    from PIL import Image
+
+    assert isinstance(image, Image.Image)
+    height, width = size
+    if image.size != (width, height):
+        factor = max(width / image.width, height / image.height)
+        scaled = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
+        image = image.resize(scaled, Image.Resampling.LANCZOS)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def _read_media(record: Record, root: Path) -> list[bytes]:
+    paths = [c.sample for c in record.candidates]
+    if any(p is None for p in paths) or not isinstance(record.prompt, str):
+        raise UserError(f"record {record.id!r}: an image family needs a text prompt and image candidates")
+    return [store.media_path(root, str(p)).read_bytes() for p in paths]
+
+
+def _digest(shard: Sequence[Record], root: Path, family: Encoder, size: tuple[int, int]) -> str:
+    """A name for the cached encodings of these records that changes whenever they could."""
+    h = hashlib.sha256(f"2|{family.name}|{family.fingerprint}|{size}".encode())
+    for record in shard:
+        h.update(f"|{record.id}|{record.prompt}".encode())
+        for content in _read_media(record, root):
+            h.update(hashlib.sha256(content).digest())
+    return h.hexdigest()[:32]
+
+
+def _encode_shard(shard: Sequence[Record], root: Path, family: Encoder, size: tuple[int, int]) -> dict[str, Tensor]:
+    """``mean`` and ``logvar`` (N, C, h, w) of all candidates in order, ``cond.*`` per distinct prompt."""
+    images = [to_tensor(store.read_image(root, str(c.sample)), size) for r in shard for c in r.candidates]
+    encoded = [family.encode_image(torch.stack(images[i : i + 64])) for i in range(0, len(images), 64)]
+    mean, logvar = (torch.cat(parts).cpu() for parts in zip(*encoded, strict=True))
+    texts = list(dict.fromkeys(str(r.prompt) for r in shard))
+    rows = torch.tensor([texts.index(str(r.prompt)) for r in shard])
+    cond = {f"cond.{name}": value.cpu().contiguous() for name, value in family.encode_prompt(texts).items()}
+    return {"mean": mean.contiguous(), "logvar": logvar.contiguous(), "prompt": rows, **cond}
+
+
+class Dataset:
+    """Encoded records with random access by position.
+
+    Args:
+        records: checked with :func:`check_records`; K may differ between records, short ones are padded and masked.
+        root: folder of the media.
+        cache: folder of the cache.
+        size: height and width in pixels, None for the model's own.
+        progress: called with the number of records encoded so far.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        root: Path,
+        family: Encoder,
+        cache: Path,
+        size: tuple[int, int] | None = None,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        self.records = records
+        self.family = family
+        self.k = max(len(r.candidates) for r in records)
+        self._shards = []
+        self._first: list[int] = []  # row of each record's first candidate within its shard
+        resolution = family.image_size(size)
+        for start in range(0, len(records), SHARD):
+            shard = records[start : start + SHARD]
+            path = cache / f"{_digest(shard, root, family, resolution)}.safetensors"
+            if not path.is_file():
+                content = save(_encode_shard(shard, root, family, resolution))
+                with replacing(path, durable=False) as handle:
+                    handle.write(content)
+            self._shards.append(safe_open(path, framework="pt"))
+            self._first += [0, *itertools.accumulate(len(r.candidates) for r in shard[:-1])]
+            progress(start + len(shard))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def _latents(self, index: int, name: str) -> Tensor:
+        first, n = self._first[index], len(self.records[index].candidates)
+        rows = self._shards[index // SHARD].get_slice(name)[first : first + n]
+        return torch.cat([rows, rows[:1].expand(self.k - n, *rows.shape[1:])]) if n < self.k else rows
+
+    def _condition(self, index: int) -> Condition:
+        shard = self._shards[index // SHARD]
+        row = int(shard.get_slice("prompt")[index % SHARD])
+        names = [n for n in shard.keys() if n.startswith("cond.")]  # noqa: SIM118 - safe_open is not a mapping
+        return {n.removeprefix("cond."): shard.get_slice(n)[row : row + 1] for n in names}
+
+    def batch(self, indices: Sequence[int], generator: torch.Generator, labels: Sequence[str]) -> Batch:
+        """(B, K, ...) for the given records; the generator draws from the VAE posterior."""
+        mean, logvar = (torch.stack([self._latents(i, n) for i in indices]) for n in ("mean", "logvar"))
+        mean, logvar = mean.to(generator.device), logvar.to(generator.device)
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+        conditions = [self._condition(i) for i in indices]
+        cond = {name: torch.stack([c[name] for c in conditions]) for name in conditions[0]}
+        rows = [self.records[i].candidates for i in indices]
+        mask = torch.tensor([[[j < len(row)] for j in range(self.k)] for row in rows], dtype=torch.float32)
+        values = {name: self._label(rows, name) for name in labels}
+        return Batch(self.family.latents(mean, logvar, noise), cond, values, mask).to(generator.device)
+
+    def _label(self, rows: Sequence[Sequence[store.Candidate]], name: str) -> Tensor:
+        """(B, K) or (B, K, U); padding candidates get 0 and are masked."""
+        values = [[c.labels[name] for c in row] for row in rows]
+        padding: Mapping[bool, object] = {True: 0.0, False: [0.0] * np.size(values[0][0])}
+        blank = padding[isinstance(values[0][0], float)]
+        return torch.tensor([[*row, *[blank] * (self.k - len(row))] for row in values], dtype=torch.float32)
+
+
+def order(n: int, seed: int, start: int, count: int) -> Iterator[int]:
+    """Record indices at positions ``start .. start + count`` of an endless reshuffled pass over ``n`` records.
+
+    Every epoch is its own seeded permutation, so the order needs no state: a resumed run continues it exactly.
+    """
+    epoch, permutation = -1, torch.empty(0)
+    for position in range(start, start + count):
+        if position // n != epoch:
+            epoch = position // n
+            permutation = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        yield int(permutation[position % n])

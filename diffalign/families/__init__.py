@@ -1,0 +1,1 @@
+"""One model line per file; the file name is the family name."""

@@ -1,0 +1,116 @@
+"""Files that appear whole or not at all, and outputs that know what they were made from. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from diffalign.errors import UserError
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A binary file written aside that takes the place of ``path`` on success and vanishes on failure.
+
+    ``durable`` also survives a power cut, for two fsyncs. Parent folders are made.
+    """
+    refuse_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with aside.open("xb") as handle:
+            yield handle
+            handle.flush()
+            if durable:
+                os.fsync(handle.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename or a new file in the folder durable, where the system can (not on Windows)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def refuse_folder(path: Path) -> None:
+    """Refuse a path that should be a file and is a folder."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, expected a file")
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A folder written aside that takes the place of ``target`` once all of it is on disk."""
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in aside.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            else:
+                sync_folder(path)
+        sync_folder(aside)
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
+        sync_folder(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, atomically."""
+    with replacing(path) as handle:
+        handle.write(json.dumps(value, indent=2, ensure_ascii=False).encode())
+
+
+def claim(output: Path, sidecar: Path, identity: dict[str, Any], *, write: bool = True) -> None:
+    """Tie a resumable output to what decides its content: new outputs note it in ``sidecar``, old ones must match.
+
+    Raises:
+        UserError: the output was made from something else, or by something else.
+    """
+    advice = "choose another `out` or delete it"
+    if sidecar.is_file():
+        try:
+            known = json.loads(sidecar.read_bytes())
+        except ValueError:
+            raise UserError(f"{sidecar}: not readable; {advice}") from None
+        same = known.keys() if isinstance(known, dict) else {}
+        changed = [key for key in identity if key not in same or known[key] != identity[key]]
+        if changed:
+            raise UserError(f"{output}: was made with different {', '.join(changed)} (see {sidecar.name}); {advice}")
+    elif output.exists():
+        raise UserError(f"{output}: exists without its {sidecar.name}, so it cannot be continued; {advice}")
+    elif write:
+        write_json(sidecar, identity)
+
+
+def siblings(source: str | Path, out: str | Path) -> tuple[Path, Path]:
+    """Input and output of a stage: two files in one folder, because media paths are relative to it."""
+    source, out = Path(source), Path(out)
+    if source.parent.resolve() != out.parent.resolve():
+        raise UserError(
+            f"{out}: write into {source.parent}, the folder of {source.name} (media paths are relative to it)"
+        )
+    if source.name == out.name or (out.exists() and source.exists() and out.samefile(source)):
+        raise UserError(f"{out}: is the input itself; choose another file name for the output")
+    return source, out

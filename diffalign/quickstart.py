@@ -1,0 +1,143 @@
+"""`diffalign quickstart`: generate -> score -> build -> train -> eval -> report, each stage the verb of that name."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from diffalign import build, evaluate, generate, report, score
+from diffalign import config as cfg
+from diffalign.configfile import Strict, dump
+from diffalign.errors import UserError
+from diffalign.files import replacing, write_json
+from diffalign.train import offline
+from diffalign.train.run import versions
+
+ADAPTER = "train/lora"
+
+
+def stage_configs(config: cfg.QuickstartConfig) -> dict[str, tuple[Callable[..., Path], Strict]]:
+    """The verbs to run, in order, each with the config a user could have written for it."""
+    root = Path(config.dir)
+    pool, train = root / "pool", config.train
+    base = config.model.model_copy(update={"lora": None})
+    aligned = base.model_copy(update={"adapter": str(root / ADAPTER)})
+    stages: dict[str, tuple[Callable[..., Path], Strict]] = {
+        "generate": (
+            generate.run,
+            cfg.GenerateConfig(model=base, out=str(pool), **_seeded(config.generate, config.seed)),
+        ),
+        "score": (
+            score.run,
+            cfg.ScoreConfig(
+                records=str(pool / "records.jsonl"), out=str(pool / "scored.jsonl"), scorers=config.scorers
+            ),
+        ),
+        "build": (
+            build.run,
+            cfg.BuildConfig(
+                records=str(pool / "scored.jsonl"), out=str(pool / "train.jsonl"), **config.build.model_dump()
+            ),
+        ),
+        "train": (
+            offline.run,
+            cfg.TrainConfig(
+                model=config.model,
+                data=cfg.DataConfig(records=str(pool / "train.jsonl")),
+                method=train.method,
+                optim=train.optim,
+                run=cfg.RunConfig(
+                    dir=str(root / "train"),
+                    steps=train.steps,
+                    batch=train.batch,
+                    precision=train.precision,
+                    seed=config.seed,
+                    save_every=train.save_every,
+                    resume="latest",
+                ),
+            ),
+        ),
+    }
+    for name, stage in config.evaluate.items():
+        settings = cfg.EvalConfig(
+            model=aligned, against=base, judge=config.judge, out=str(root / "eval" / name), **_seeded(stage, 0)
+        )
+        stages[f"eval {name}"] = (evaluate.run, settings)
+    stages["report"] = (report.run, cfg.ReportConfig(dir=str(root), title=config.title))
+    return stages
+
+
+def _seeded(stage: cfg.QuickstartConfig.Stage, offset: int) -> dict[str, Any]:
+    """A stage's settings; the job's seed moves the training pool, never the evaluation."""
+    return {**{name: getattr(stage, name) for name in type(stage).model_fields}, "seed": stage.seed + offset}
+
+
+def machine() -> dict[str, Any]:
+    """What the job ran on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_gib": round(memory, 1), "gpu": gpu}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def run(config: cfg.QuickstartConfig, dry_run: bool = False) -> Path:
+    """Run the whole job; stages that are finished are kept, so a stopped job continues. Returns the report."""
+    root = Path(config.dir)
+    stages = stage_configs(config)
+    if dry_run:
+        for name, (_, settings) in stages.items():
+            print(f"# {name}\n{dump(settings)}")
+        return root
+    text = dump(config)
+    known = root / "config.yaml"
+    if known.is_file() and known.read_text(encoding="utf-8") != text:
+        raise UserError(f"dir: {root} belongs to a job with other settings; choose another dir or delete it")
+    if not known.is_file() and root.exists() and any(root.iterdir()):
+        raise UserError(f"dir: {root} is not empty; choose another dir or delete it")
+    with replacing(known) as handle:
+        handle.write(text.encode())
+    console, done, started = Console(), [], time.perf_counter()
+    result = root
+    for index, (name, (verb, settings)) in enumerate(stages.items(), 1):
+        console.rule(f"{index}/{len(stages)} {name}{_hint(config, name)}", align="left")
+        if name == "report":
+            _write_job(root, config, done, started)
+        begun = time.perf_counter()
+        result = verb(settings)
+        done.append({"name": name, "seconds": round(time.perf_counter() - begun, 1)})
+    console.print(f"\nfinished in {time.perf_counter() - started:.0f} s: open {result.resolve()}")
+    return result
+
+
+def _hint(config: cfg.QuickstartConfig, stage: str) -> str:
+    expected = config.seconds.get(stage)
+    return f" (about {expected} s on two CPU cores)" if expected else ""
+
+
+def _write_job(root: Path, config: cfg.QuickstartConfig, stages: list[dict[str, Any]], started: float) -> None:
+    write_json(
+        root / "job.json",
+        {
+            "title": config.title,
+            "command": " ".join(["diffalign", *sys.argv[1:]]),
+            "seconds": round(time.perf_counter() - started, 1),
+            "stages": stages,
+            "versions": versions(),
+            "machine": machine(),
+        },
+    )

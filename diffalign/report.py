@@ -1,0 +1,350 @@
+"""`diffalign report`: a folder of runs and evaluations -> one self-contained HTML page. Torch-free.
+
+Any part of the folder may be absent; the page shows what is there. Markup lives in ``templates/report.html.j2``, which
+gets finished text and coordinates.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import jinja2
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diffalign import records
+from diffalign.charts import HEIGHT, WIDTH, Chart, Histogram, chart, histogram, tick
+from diffalign.config import ReportConfig
+from diffalign.errors import UserError
+from diffalign.files import replacing
+from diffalign.records import Candidate, Record
+from diffalign.results import Results, Row, headline, number, table
+
+MAX_PICTURES = 192
+MAX_PER_TASK = 6
+THUMBNAIL = 192  # pixels; with MAX_PICTURES it keeps the pictures of a page below 2 MB or so
+PIXEL_ART = 64  # images up to this side are enlarged without smoothing
+
+
+class _Input(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Stage(_Input):
+    """One stage of a job."""
+
+    name: str
+    seconds: float
+    summary: str = ""
+
+
+class Job(_Input):
+    """``job.json``."""
+
+    title: str | None = None
+    command: str | None = None
+    seconds: float | None = None
+    stages: list[Stage] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, Any] = Field(default_factory=dict)
+
+
+class Step(_Input):
+    """The columns of ``metrics.jsonl`` that are drawn."""
+
+    step: int
+    loss: float | None = None
+    accuracy: float | None = Field(None, alias="reward/accuracy")
+    chosen: float | None = Field(None, alias="drift/chosen")
+    rejected: float | None = Field(None, alias="drift/rejected")
+    grad_norm: float | None = None
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def _parse(model: type[M], text: str | bytes, where: str) -> M:
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where}: {place + ': ' if place else ''}{first['msg']}") from None
+
+
+def _read_metrics(path: Path) -> list[Step]:
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().splitlines()
+    return [_parse(Step, line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def _read_records(path: Path) -> list[Record]:
+    return list(records.read(path)) if path.is_file() else []
+
+
+def _read_sources(root: Path) -> dict[str, str]:
+    """The settings to print verbatim: file name -> text."""
+    sources = {}
+    for name in ("config.yaml", "train/config.yaml", "train/run.json"):
+        path = root / name
+        if path.is_file():
+            try:
+                sources[name] = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}: not UTF-8 text: {error}") from None
+    return sources
+
+
+def _evaluation_order(root: Path, config: str) -> list[Path]:
+    """Evaluation folders in the order of the job's config, the others after them by name."""
+    try:
+        content = yaml.safe_load(config)
+    except yaml.YAMLError as error:
+        raise UserError(f"{root / 'config.yaml'}: not valid YAML: {' '.join(str(error).split())}") from None
+    planned = content.get("evaluate") if isinstance(content, dict) else None
+    names = list(planned) if isinstance(planned, dict) else []
+    folders = sorted(path.parent for path in root.glob("eval/*/results.json"))
+    return sorted(folders, key=lambda folder: names.index(folder.name) if folder.name in names else len(names))
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    """An image as a data URI with the judge's verdict."""
+
+    data: str
+    pixelated: bool
+    verdict: Literal["right", "wrong", ""]
+    score: str
+
+
+class Pair(NamedTuple):
+    """One prompt before and after."""
+
+    prompt: str
+    before: Picture | None
+    after: Picture
+
+
+def _picture(root: Path, candidate: Candidate, metric: str) -> Picture:
+    image = records.read_image(root, candidate.sample or "")
+    small = max(image.size) <= THUMBNAIL
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG" if small else "JPEG", optimize=True)
+    data = f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    labels = candidate.labels
+    score = labels.get(metric, next(iter(labels.values()))) if len(labels) == 1 else labels.get(metric)
+    verdict = "right" if score == 1 else "wrong" if score == 0 else ""
+    text = {"right": "✓", "wrong": "✗"}.get(verdict, number(score) if isinstance(score, float) else "")
+    return Picture(data, max(image.size) <= PIXEL_ART, verdict, text)
+
+
+def _pictured(path: Path) -> list[Record]:
+    """The records whose first candidate is an image."""
+    return [record for record in _read_records(path) if record.candidates and record.candidates[0].sample]
+
+
+def gallery(folder: Path, metric: str, per_task: int) -> dict[str, list[Pair]]:
+    """The first prompts of every task in file order, each with its first image, beside the baseline's."""
+    first: defaultdict[str, dict[str, Record]] = defaultdict(dict)
+    for record in _pictured(folder / "policy" / "scored.jsonl"):
+        first[_task(record)].setdefault(_prompt(record), record)
+    before = {record.id: record.candidates[0] for record in _pictured(folder / "against" / "scored.jsonl")}
+
+    def pair(prompt: str, record: Record) -> Pair:
+        base = before.get(record.id)
+        left = _picture(folder / "against", base, metric) if base else None
+        return Pair(prompt, left, _picture(folder / "policy", record.candidates[0], metric))
+
+    return {task: [pair(*item) for item in list(chosen.items())[:per_task]] for task, chosen in first.items()}
+
+
+def _task(record: Record) -> str:
+    return str(record.meta.get("tag", "all"))
+
+
+def _prompt(record: Record) -> str:
+    return record.prompt if isinstance(record.prompt, str) else record.prompt[-1].content
+
+
+def _evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    parsed = [_parse(Results, (f / "results.json").read_bytes(), str(f / "results.json")) for f in folders]
+    columns = 2 * sum(max(1, len(results.tasks)) for results in parsed)
+    per_task = max(1, min(MAX_PER_TASK, MAX_PICTURES // max(1, columns)))
+    return [
+        {
+            "results": results,
+            "headline": headline(results),
+            "rows": table(results),
+            "axis": _axis(table(results)),
+            "gallery": gallery(folder, results.metric, per_task),
+        }
+        for folder, results in zip(folders, parsed, strict=True)
+    ]
+
+
+def _axis(rows: Sequence[Row]) -> tuple[float, float]:
+    """[0, 1] for shares, else what holds every interval."""
+    ends = [end for row in rows for shown in (row.after, row.before) if shown for end in shown.ends]
+    return (0.0, 1.0) if min(ends) >= 0 and max(ends) <= 1 else (min(ends), max(ends))
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def curves(steps: Sequence[Step]) -> list[Chart]:
+    """Learning curves of the columns that are there."""
+
+    def column(name: str) -> list[tuple[float, float]]:
+        return [(step.step, value) for step in steps if (value := getattr(step, name)) is not None]
+
+    loss = column("loss")
+    starts_at_ln2 = bool(loss) and abs(loss[0][1] - math.log(2)) < 0.01
+    drawn = [
+        chart("loss", {"loss": loss}, guide=(math.log(2), "ln 2: no preference") if starts_at_ln2 else None),
+        chart(
+            "implicit accuracy",
+            {"accuracy": column("accuracy")},
+            "Share of training pairs whose winner gains more on the reference than the loser.",
+            guide=(0.5, "chance"),
+        ),
+        chart(
+            "drift from the reference",
+            {"winner": column("chosen"), "loser": column("rejected")},
+            "Error of the policy minus error of the reference; lower is better.",
+            guide=(0.0, "reference"),
+        ),
+        chart("gradient norm", {"gradient norm": column("grad_norm")}),
+    ]
+    return [found for found in drawn if found]
+
+
+class Distribution(NamedTuple):
+    """One label over the scored candidates, and the share of pairs within a record that tie."""
+
+    label: str
+    shape: Histogram
+    ties: float | None
+
+
+def distributions(scored: Iterable[Record]) -> list[Distribution]:
+    """One per label."""
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    pairs: Counter[str] = Counter()
+    ties: Counter[str] = Counter()
+    for record in scored:
+        for label in sorted({label for candidate in record.candidates for label in candidate.labels}):
+            column = [_level(c.labels[label]) for c in record.candidates if label in c.labels]
+            values[label] += column
+            pairs[label] += math.comb(len(column), 2)
+            ties[label] += sum(a == b for a, b in combinations(column, 2))
+    return [
+        Distribution(label, histogram(column), ties[label] / pairs[label] if pairs[label] else None)
+        for label, column in values.items()
+    ]
+
+
+def _level(value: float | list[float]) -> float:
+    return fmean(value) if isinstance(value, list) else value
+
+
+def _pool(folder: Path) -> dict[str, Any]:
+    """What the pool holds; empty without records."""
+    files = {name: _read_records(folder / f"{name}.jsonl") for name in ("records", "scored", "train")}
+    generated = files["records"] or files["scored"]
+    train = files["train"]
+    if not generated and not train:
+        return {}
+    rewards = [[_level(c.labels["reward"]) for c in r.candidates if "reward" in c.labels] for r in train]
+    margins = [max(row) - min(row) for row in rewards if len(row) > 1]
+    sizes = sorted({len(record.candidates) for record in train})
+    columns = {name: Counter(map(_task, rows)) for name, rows in (("prompts", generated), ("train", train)) if rows}
+    return {
+        "prompts": len(generated),
+        "candidates": sum(len(record.candidates) for record in generated),
+        "train": len(train),
+        "unit": "pairs" if sizes == [2] else "records",
+        "distributions": distributions(files["scored"]),
+        "margins": histogram(margins) if margins else None,
+        "tasks": {
+            task: {name: counts[task] for name, counts in columns.items()}
+            for task in {task: None for counter in columns.values() for task in counter}
+        },
+    }
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """``4.2 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _collect(root: Path) -> dict[str, Any]:
+    """Everything the folder has to show, under the names the template uses."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    sources = _read_sources(root)
+    job = root / "job.json"
+    parts = {
+        "sources": sources,
+        "evaluations": _evaluations(_evaluation_order(root, sources.get("config.yaml", ""))),
+        "charts": curves(_read_metrics(root / "train" / "metrics.jsonl")),
+        "pool": _pool(root / "pool"),
+        "job": _parse(Job, job.read_bytes(), str(job)) if job.is_file() else None,
+    }
+    if not any(parts.values()):
+        raise UserError(f"{root}: nothing to report; expected config.yaml, job.json, pool/, train/ or eval/NAME/")
+    return parts
+
+
+def render(parts: Mapping[str, Any], title: str) -> str:
+    """The page. Everything is escaped: prompts are foreign text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("diffalign"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"number": number, "duration": duration, "tick": tick}
+    return environment.get_template("report.html.j2").render(**parts, title=title, size=(WIDTH, HEIGHT))
+
+
+def run(config: ReportConfig, dry_run: bool = False) -> Path:
+    """Write the page and print its headlines; ``dry_run`` does all of it except writing.
+
+    Raises:
+        UserError: there is nothing to report, or a file (named with its line) is corrupt.
+    """
+    root = Path(config.dir)
+    parts = _collect(root)
+    job = parts["job"]
+    given = "title" in config.model_fields_set
+    page = render(parts, config.title if given or not (job and job.title) else job.title).encode()
+    out = root / config.out
+    if not dry_run:
+        with replacing(out) as handle:
+            handle.write(page)
+    for evaluation in parts["evaluations"]:
+        print(evaluation["headline"])
+    print(f"{'would write' if dry_run else 'wrote'} {out} ({len(page) / 1e6:.1f} MB)")
+    return out

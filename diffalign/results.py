@@ -1,0 +1,129 @@
+"""The results of an evaluation in words and tables, claiming no more than their intervals allow. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Interval = tuple[float, float]
+
+
+class _Read(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Measured(_Read):
+    """A score with its 95 % interval and, next to a baseline, the paired difference."""
+
+    n: int | None = Field(None, description="images; given per task")
+    policy: float
+    interval: Interval
+    against: float | None = None
+    against_interval: Interval | None = None
+    difference: float | None = None
+    difference_interval: Interval | None = None
+
+
+class Results(_Read):
+    """``results.json`` of one evaluation."""
+
+    name: str
+    judge: str
+    metric: str
+    note: str = ""
+    sampling: dict[str, Any] = Field(default_factory=dict)
+    seed: int | None = None
+    n: int
+    prompts: int
+    overall: Measured
+    tasks: dict[str, Measured] = Field(default_factory=dict)
+
+
+def number(value: float, digits: int = 2, *, sign: bool = False) -> str:
+    """``.51``, ``1.00``, ``−.02``, and ``+.11`` with ``sign``: no zero before the point, a true minus."""
+    text = f"{abs(value):.{digits}f}"
+    mark = "" if not float(text) else "−" if value < 0 else "+" if sign else ""
+    return mark + text.removeprefix("0")
+
+
+class Shown(NamedTuple):
+    """A value with its interval as text, and (low, value, high) to draw."""
+
+    value: str
+    interval: str
+    ends: tuple[float, float, float]
+
+
+def _show(value: float | None, interval: Interval | None, *, sign: bool = False) -> Shown | None:
+    """As text, with the fewest digits (two to four) at which no end of a signed interval passes for zero."""
+    if value is None or interval is None:
+        return None
+    ends = [end for end in interval if sign and end]
+    digits = next((d for d in (2, 3) if all(round(end, d) for end in ends)), 4)
+    low, high = (number(end, digits, sign=sign) for end in interval)
+    return Shown(number(value, digits, sign=sign), f"{low} to {high}", (interval[0], value, interval[1]))
+
+
+class Row(NamedTuple):
+    """A line of the results table."""
+
+    task: str
+    n: int
+    after: Shown
+    before: Shown | None
+    difference: Shown | None
+
+    @property
+    def verdict(self) -> Literal["better", "worse", "unclear", ""]:
+        """What the interval of the difference says; empty without a baseline."""
+        if self.difference is None:
+            return ""
+        low, _, high = self.difference.ends
+        return "better" if low > 0 else "worse" if high < 0 else "unclear"
+
+
+def _row(task: str, n: int, measured: Measured) -> Row:
+    after = _show(measured.policy, measured.interval)
+    assert after is not None
+    before = _show(measured.against, measured.against_interval)
+    return Row(task, n, after, before, _show(measured.difference, measured.difference_interval, sign=True))
+
+
+def table(results: Results) -> list[Row]:
+    """One row per task, then the overall one."""
+    rows = [_row(task, measured.n or 0, measured) for task, measured in results.tasks.items()]
+    return [*rows, _row("overall", results.n, results.overall)]
+
+
+def headline(results: Results) -> str:
+    """One sentence that claims no more than the interval of the difference allows."""
+    overall = _row("overall", results.n, results.overall)
+    held_out = "held-out " if results.note.lower().startswith("held-out") else ""
+    what = f"{results.name[:1].upper()}{results.name[1:]} {held_out}score"
+    if overall.before is None or overall.difference is None:
+        return f"{what} {overall.after.value} (95 % interval {overall.after.interval}, n = {results.n})"
+    change = f"{overall.difference.value}, 95 % interval {overall.difference.interval}, n = {results.n}"
+    claim = ": no significant change" if overall.verdict == "unclear" else ""
+    return f"{what} {overall.before.value} → {overall.after.value} ({change}){claim}"
+
+
+def markdown_table(results: Mapping[str, Any]) -> str:
+    """The content of a ``results.json`` as a Markdown table, one line per task and the overall one last."""
+    rows = table(Results.model_validate(results))
+    paired = all(row.before and row.difference for row in rows)
+    head = (
+        ["task", "n", "before", "after", "difference (95 % interval)"]
+        if paired
+        else ["task", "n", "score (95 % interval)"]
+    )
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row in rows:
+        cells = [row.task.replace("|", "\\|"), str(row.n)]
+        if row.before and row.difference:
+            cells += [row.before.value, row.after.value, f"{row.difference.value} ({row.difference.interval})"]
+        else:
+            cells.append(f"{row.after.value} ({row.after.interval})")
+        lines.append(cells)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

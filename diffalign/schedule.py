@@ -1,0 +1,177 @@
+"""Noise schedules and parametrisations behind one clock: t in [0, 1], 0 = data, 1 = noise, always float32.
+
+============  ================================================  ========================================
+type          noisy input x_t                                   target
+============  ================================================  ========================================
+epsilon       sqrt(abar) x0 + sqrt(1 - abar) eps                eps
+v             the same                                          sqrt(abar) eps - sqrt(1 - abar) x0
+flow          (1 - sigma) x0 + sigma eps                        eps - x0
+============  ================================================  ========================================
+
+Only ``native`` converts t to what a network is called with, and ``unit`` converts back; both are exact for every
+integer timestep of a discrete schedule in float32 (they would not be in bfloat16).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Density = Literal["uniform", "logit_normal"]
+
+
+def expand(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` with trailing singleton dimensions, so that it broadcasts against ``like``."""
+    return t.reshape(*t.shape, *[1] * (like.ndim - t.ndim))
+
+
+def _unit_times(
+    shape: tuple[int, ...], generator: torch.Generator, density: Density, mean: float, std: float
+) -> Tensor:
+    device = generator.device
+    if density == "uniform":
+        return torch.rand(shape, generator=generator, device=device)
+    if density == "logit_normal":
+        return (mean + std * torch.randn(shape, generator=generator, device=device)).sigmoid()
+    raise ValueError(f"unknown timestep density {density!r}: choose uniform or logit_normal")
+
+
+@dataclass(frozen=True, slots=True)
+class Rectified:
+    """Rectified flow (SD3, FLUX): sigma = t, target velocity ``eps - x0`` (arXiv:2403.03206).
+
+    Args:
+        shift: static shift of the sampling grid, ``sigma = s u / (1 + (s - 1) u)``; also applied to sampled times.
+        scale: what the network's timestep is at sigma = 1.
+    """
+
+    shift: float = 1.0
+    scale: float = 1000.0
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t from data and noise; ``t`` has the leading dimensions of ``x0``."""
+        sigma = expand(t, x0)
+        return (1 - sigma) * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The velocity ``eps - x0``."""
+        return noise - x0
+
+    def denoised(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The clean latent a prediction implies."""
+        return x_t - expand(t, x_t) * prediction
+
+    def native(self, t: Tensor) -> Tensor:
+        """The timestep the network is called with."""
+        return t * self.scale
+
+    def unit(self, native: Tensor) -> Tensor:
+        """Inverse of :meth:`native`."""
+        return native.float() / self.scale
+
+    def shifted(self, u: Tensor) -> Tensor:
+        """Apply the static shift to a uniform grid or draw."""
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def sample_t(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator,
+        *,
+        density: Density = "logit_normal",
+        mean: float = 0.0,
+        std: float = 1.0,
+    ) -> Tensor:
+        """Training times: a density over u pushed through the shift."""
+        return self.shifted(_unit_times(shape, generator, density, mean, std))
+
+    def grid(self, steps: int) -> Tensor:
+        """``steps + 1`` decreasing times from 1 to 0, spaced as the stock Euler scheduler does.
+
+        The stock scheduler shifts the last sigma twice (its stored minimum is already shifted); so do we.
+        """
+        last = float(self.shifted(torch.tensor(1.0 / self.scale)))
+        return torch.cat([self.shifted(torch.linspace(1.0, last, steps)), torch.zeros(1)])
+
+
+@dataclass(frozen=True, slots=True)
+class Discrete:
+    """DDPM schedule with ``N`` integer timesteps (SD1.5, SDXL); time t stands for index ``t * (N - 1)``.
+
+    Args:
+        alphas_cumprod: (N,) cumulative signal power, as a tuple so that the schedule hashes and pickles.
+        prediction: what the network predicts.
+    """
+
+    alphas_cumprod: tuple[float, ...]
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+
+    @classmethod
+    def scaled_linear(
+        cls, steps: int = 1000, start: float = 0.00085, end: float = 0.012, prediction: str = "epsilon"
+    ) -> Discrete:
+        """The schedule of Stable Diffusion: betas linear in their square root."""
+        betas = torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64).square()
+        return cls(tuple((1 - betas).cumprod(0).tolist()), prediction)  # type: ignore[arg-type]
+
+    @property
+    def steps(self) -> int:
+        """Number of integer timesteps."""
+        return len(self.alphas_cumprod)
+
+    def native(self, t: Tensor) -> Tensor:
+        """The integer timestep (int64) of a time."""
+        return (t * (self.steps - 1)).round().long()
+
+    def unit(self, native: Tensor) -> Tensor:
+        """The time of an integer timestep."""
+        return native.float() / (self.steps - 1)
+
+    def _levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        # float64 until the square root: 1 - abar_0 = 8.5e-4 would lose digits in half precision
+        table = torch.tensor(self.alphas_cumprod, dtype=torch.float64, device=t.device)
+        abar = expand(table[self.native(t)], like)
+        return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
+
+    def grid(self, steps: int) -> Tensor:
+        """``steps + 1`` decreasing times: the stock "trailing" spacing, which starts at the noisiest level, then 0."""
+        indices = (self.steps - torch.arange(steps) * (self.steps / steps)).round() - 1
+        return torch.cat([self.unit(indices), torch.zeros(1)])
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t from data and noise; ``t`` has the leading dimensions of ``x0``."""
+        signal, sigma = self._levels(t, x0)
+        return signal * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``eps``, or ``v = sqrt(abar) eps - sqrt(1 - abar) x0``."""
+        if self.prediction == "epsilon":
+            return noise
+        signal, sigma = self._levels(t, x0)
+        return signal * noise - sigma * x0
+
+    def denoised(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The clean latent a prediction implies."""
+        signal, sigma = self._levels(t, x_t)
+        if self.prediction == "epsilon":
+            return (x_t - sigma * prediction) / signal
+        return signal * x_t - sigma * prediction
+
+    def sample_t(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator,
+        *,
+        density: Density = "uniform",
+        mean: float = 0.0,
+        std: float = 1.0,
+        low: float = 0.0,
+        high: float = 1.0,
+    ) -> Tensor:
+        """Training times on the integer grid, restricted to [low, high)."""
+        u = low + (high - low) * _unit_times(shape, generator, density, mean, std)
+        return self.unit((u * self.steps).floor().clamp(0, self.steps - 1))

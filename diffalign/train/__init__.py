@@ -1,0 +1,1 @@
+"""Training: one loss step, two loops, and the run directory they share."""

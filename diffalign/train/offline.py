@@ -1,0 +1,229 @@
+"""`diffalign train`: the offline loop over a dataset, in the order things happen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from diffalign import config as cfg
+from diffalign import records as store
+from diffalign.configfile import dump
+from diffalign.dataset import Dataset, check_records, order
+from diffalign.errors import UserError, nearest
+from diffalign.families.base import DiffusersFamily, load_family
+from diffalign.methods import resolve
+from diffalign.registry import Objective, find_objective
+from diffalign.train.run import Run
+from diffalign.train.step import StepResult, loss_step
+from diffalign.train.update import Update
+from diffalign.types import Batch, Method
+from diffalign.weights import Weights, add_lora
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything one training run is made of."""
+
+    config: cfg.TrainConfig
+    method: Method
+    objective: Objective
+    family: DiffusersFamily
+    weights: Weights
+    data: Dataset
+    run: Run
+    update: Update
+
+
+def run(config: cfg.TrainConfig, dry_run: bool = False) -> Path:
+    """Train and write the final weights; returns the run directory."""
+    job = _prepare(config)
+    if dry_run:
+        _rehearse(job)
+    else:
+        _train(job)
+    return job.run.folder
+
+
+def _prepare(config: cfg.TrainConfig) -> Job:
+    """Check the method and the data first, then load the model, then encode."""
+    settings = config.run
+    method = resolve(
+        config.method.name,
+        draw=config.method.draw,
+        estimate=config.method.estimate,
+        objective=config.method.objective,
+    )
+    objective = find_objective(method.main.objective)
+    source = Path(config.data.records)
+    records = list(store.read(source))
+    check_records(records, objective, str(source))
+
+    family = load_family(config.model.family, config.model.path, config.model.device)
+    torch.manual_seed(settings.seed)
+    lora = config.model.lora
+    if lora is not None:
+        add_lora(family.net, lora.rank, lora.alpha, lora.targets or family.lora_targets)
+    weights = Weights(family.net, lora=lora is not None, ema=settings.ema)
+    weights.prepare(objective.roles)
+    optimizer = make_optimizer(weights.trainable(), config.optim)
+    scheduler = make_scheduler(optimizer, settings.steps, config.optim.warmup, config.optim.decay)
+    run = Run(Path(settings.dir), family.device, settings.precision, settings.seed, settings.keep)
+    update = Update(weights.trainable(), optimizer, scheduler, run.sum_over_ranks, config.optim.clip)
+
+    cache = Path(config.data.cache) if config.data.cache else source.parent / "cache"
+    with _progress(run.is_main) as progress:
+        task = progress.add_task("encode", total=len(records), info="")
+        data = Dataset(
+            records, source.parent, family, cache, config.data.size, lambda n: progress.update(task, completed=n)
+        )
+    return Job(config, method, objective, family, weights, data, run, update)
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], optim: cfg.OptimConfig) -> torch.optim.Optimizer:
+    """A torch optimiser by name, any case."""
+    classes = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)]
+    known: dict[str, Callable[..., torch.optim.Optimizer]] = {c.__name__.lower(): c for c in classes}
+    if optim.name.lower() not in known:
+        raise UserError(f"optim.name: unknown optimiser {optim.name!r}{nearest(optim.name.lower(), known)}")
+    try:
+        return known[optim.name.lower()](parameters, lr=optim.lr, **optim.params)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim.params do not fit {optim.name}: {error}") from None
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: int, decay: str
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then constant, or linear or cosine decay to zero at ``steps``."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[decay]
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def check_start(result: StepResult, objective: Objective) -> None:
+    """At step 0 policy and reference are one network: log-probs must agree to the bit, and the loss is known.
+
+    Raises:
+        UserError: a role runs through another numeric path, which would drown the signal for the whole run.
+    """
+    lp = result.log_probs
+    for role, values in lp.by_role.items():
+        worst = (values - lp.by_role["policy"].detach()).abs().max().item()
+        if worst > 0.0:
+            raise UserError(f"step 0: role {role!r} differs from the policy by {worst:.2e} in log-prob, expected 0")
+    if objective.identity is not None and result.terms[0].weight > 0:
+        value = float(result.terms[0].total / result.terms[0].weight)
+        if abs(value - objective.identity) > 1e-5:
+            known = f"{objective.name} is {objective.identity:.6f} at policy = reference"
+            raise UserError(f"step 0: loss {value:.6f}, but {known}")
+
+
+def check_health(step: int, metrics: dict[str, float], run: Run) -> None:
+    """Stop at a non-finite loss, or when the first step moves nothing.
+
+    Raises:
+        UserError: with the last good checkpoint.
+    """
+    if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
+        good = max(run.folder.glob("checkpoint-*"), default=None)
+        kept = f"last good checkpoint: {good}" if good else "no checkpoint was written yet"
+        values = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+        raise UserError(f"step {step}: {values}; lower optim.lr; {kept}")
+    if step == 1 and metrics["grad_live"] == 0.0:
+        raise UserError("step 1: no trainable parameter received a gradient; check model.lora.targets and the rewards")
+
+
+def _micro_batches(job: Job, step: int) -> Iterator[tuple[Batch, torch.Generator]]:
+    """This process's micro-batches of one step, with the generator of each."""
+    settings, run = job.config.run, job.run
+    for micro in range(settings.accumulate):
+        generator = run.generator(step, micro)
+        start = ((step * settings.accumulate + micro) * run.world + run.rank) * settings.batch
+        indices = list(order(len(job.data), settings.seed, start, settings.batch))
+        yield job.data.batch(indices, generator, job.objective.labels), generator
+
+
+def _step(job: Job, step: int) -> dict[str, float]:
+    """One optimiser step; every check that can fail fails before the weights change."""
+    rows = []
+    for batch, generator in _micro_batches(job, step):
+        result = loss_step(job.method, job.family, job.weights, batch, generator, autocast=job.run.autocast)
+        if step == 0:
+            check_start(result, job.objective)
+        job.update.add(result)
+        rows.append(result.metrics)
+    metrics = {**_mean(rows), **job.update.collect()}
+    check_health(step + 1, metrics, job.run)
+    job.update.apply()
+    job.weights.update_average()
+    return metrics
+
+
+def _train(job: Job) -> None:
+    settings, run, update = job.config.run, job.run, job.update
+    checkpoint = run.open(dump(job.config), settings.resume)
+    first = run.restore(checkpoint, job.weights, update.optimizer, update.scheduler) if checkpoint else 0
+    run.forget_after(first)
+    if run.is_main:
+        print(_plan(job))
+    with _progress(run.is_main) as progress:
+        task = progress.add_task("train", total=settings.steps, completed=first, info="")
+        for step in range(first, settings.steps):
+            metrics = _step(job, step)
+            run.log(step + 1, metrics)
+            last = step + 1 == settings.steps
+            if last or (settings.save_every and (step + 1) % settings.save_every == 0):
+                run.save(step + 1, job.weights, update.optimizer, update.scheduler)
+            info = f"loss {metrics['loss']:.4f}  accuracy {metrics.get('reward/accuracy', math.nan):.2f}"
+            progress.update(task, completed=step + 1, info=info)
+    with job.weights.use("average" if settings.ema else "policy") as net:
+        if job.weights.lora:
+            run.finish("lora", lambda folder: job.family.save_lora(folder, net))
+        else:
+            run.finish(job.family.net_name, lambda folder: job.family.save_net(folder, net))
+
+
+def _rehearse(job: Job) -> None:
+    """One real step; nothing is written but the cache."""
+    settings = job.config.run
+    samples = settings.steps * settings.batch * settings.accumulate * job.run.world
+    print(_plan(job))
+    print(f"would run {settings.steps} steps, {samples / len(job.data):.1f} epochs, into {settings.dir}")
+    metrics = _step(job, 0)
+    print(f"one step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.3g}")
+
+
+def _plan(job: Job) -> str:
+    trained = sum(p.numel() for p in job.weights.trainable()) / 1e6
+    return f"{job.method.name}: {len(job.data)} records, {trained:.2f} M trained parameters{_strength(job)}"
+
+
+def _strength(job: Job) -> str:
+    """Beta in its own unit and per summed squared error, which survives a change of resolution."""
+    beta = job.method.main.params.get("beta")
+    if beta is None:
+        return ""
+    d = job.data.batch([0], torch.Generator(job.family.device), ()).x0[0, 0].numel()
+    return f", beta {beta:g} = {beta / d:.3g} per summed log-prob (D = {d})"
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means over micro-steps of the metrics that every one of them reports."""
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in names}
+
+
+def _progress(visible: bool) -> Progress:
+    counters = MofNCompleteColumn(), TimeRemainingColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), *counters, TextColumn("{task.fields[info]}"))
+    return Progress(*columns, disable=not visible)

@@ -1,0 +1,199 @@
+"""The run directory: devices, seeds by position, logs, atomic checkpoints, resume.
+
+::
+
+    DIR/config.yaml            the merged configuration
+    DIR/run.json               versions, command, seconds
+    DIR/metrics.jsonl          a line per step
+    DIR/tensorboard/
+    DIR/checkpoint-000040/     weights.safetensors, state.pt
+    DIR/lora/                  final weights; for full weights the network's own folder, transformer/ or unet/
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffalign.errors import UserError
+from diffalign.files import replacing, replacing_folder, write_json
+from diffalign.weights import Weights
+
+LIBRARIES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+class Run:
+    """One training run on this process's device.
+
+    Args:
+        folder: the run directory.
+        device: where the network lives.
+        precision: ``fp32``, or ``bf16`` autocast, the same for every role.
+        seed: all randomness derives from it and from the position in the run.
+        keep: checkpoints to keep.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, precision: str, seed: int, keep: int) -> None:
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={"bf16": "bf16"}.get(precision, "no"))
+        self.folder = folder
+        self.device = device
+        self.precision = precision
+        self.seed = seed
+        self.keep = keep
+        self.started = time.perf_counter()
+        self._writer: Any = None
+
+    @property
+    def rank(self) -> int:
+        """Index of this process."""
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self.accelerator.is_main_process
+
+    # --- numerics -----------------------------------------------------------------------------------------------
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision context that every role of a step runs in."""
+        stack = ExitStack()
+        if self.precision == "bf16":
+            stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+        if self.device.type == "cpu":
+            from torch.nn.attention import SDPBackend, sdpa_kernel
+
+            # for the short sequences a CPU can train on, the fused kernel's backward is slower than plain products
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        return stack
+
+    def generator(self, step: int, micro: int) -> torch.Generator:
+        """All randomness of one micro-step, a function of its position alone (so resume is exact)."""
+        words = np.random.SeedSequence([self.seed, step, self.rank, micro]).generate_state(2, np.uint32)
+        return torch.Generator(self.device).manual_seed(int(words[0]) << 31 ^ int(words[1]))
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Sum over processes."""
+        return self.accelerator.reduce(tensor, reduction="sum") if self.world > 1 else tensor  # type: ignore[return-value]
+
+    # --- directory ----------------------------------------------------------------------------------------------
+
+    def open(self, config_yaml: str, resume: str | None) -> Path | None:
+        """Create or re-enter the directory; the checkpoint to continue from, None to start at step 0.
+
+        Raises:
+            UserError: the directory holds something and ``resume`` was not asked for, or there is no such checkpoint.
+        """
+        used = self.folder.exists() and any(self.folder.iterdir())
+        if used and resume is None:
+            raise UserError(f"run.dir: {self.folder} is not empty; --resume latest continues it, or choose another")
+        checkpoint = self._find_checkpoint(resume) if resume is not None else None
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / "config.yaml") as handle:
+                handle.write(config_yaml.encode())
+        self.accelerator.wait_for_everyone()
+        return checkpoint
+
+    def _find_checkpoint(self, resume: str) -> Path | None:
+        if resume == "latest":
+            return max(self.folder.glob("checkpoint-*"), default=None)
+        if not (Path(resume) / "state.pt").is_file():
+            raise UserError(f"run.resume: {resume} is not a checkpoint folder (no state.pt in it); try `latest`")
+        return Path(resume)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a line to metrics.jsonl and to TensorBoard."""
+        if not self.is_main:
+            return
+        line = {"step": step, "seconds": round(time.perf_counter() - self.started, 3), **metrics}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder / "tensorboard"))
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of steps that a crash lost and the resumed run will take again."""
+        path = self.folder / "metrics.jsonl"
+        if not self.is_main or not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with replacing(path) as handle:
+            handle.write("".join(whole).encode())
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def save(self, step: int, weights: Weights, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        """Write ``checkpoint-<step>`` whole or not at all, and drop the oldest beyond ``keep``."""
+        if not self.is_main:
+            return
+        target = self.folder / f"checkpoint-{step:06d}"
+        with replacing_folder(target) as aside:
+            save_file({n: v.contiguous() for n, v in weights.state_dict().items()}, aside / "weights.safetensors")
+            state = {
+                "step": step,
+                "seed": self.seed,
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "rng": torch.get_rng_state(),
+            }
+            torch.save(state, aside / "state.pt")
+        for old in sorted(self.folder.glob("checkpoint-*"))[: -self.keep]:
+            shutil.rmtree(old)
+
+    def restore(self, checkpoint: Path, weights: Weights, optimizer: torch.optim.Optimizer, scheduler: Any) -> int:
+        """Load a checkpoint (tensors only, nothing is unpickled); the step it was written at."""
+        try:
+            state = torch.load(checkpoint / "state.pt", map_location=self.device, weights_only=True)
+            tensors = load_file(checkpoint / "weights.safetensors", device=str(self.device))
+        except Exception as error:
+            raise UserError(f"{checkpoint}: not a readable checkpoint ({type(error).__name__})") from None
+        if state["seed"] != self.seed:
+            raise UserError(f"{checkpoint}: was written with run.seed={state['seed']}, this run has {self.seed}")
+        weights.load_state_dict(tensors)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["rng"].cpu())
+        self.forget_after(state["step"])
+        return state["step"]
+
+    def finish(self, name: str, export: Callable[[Path], None]) -> None:
+        """Write the final weights into the sub-folder ``name``, whole or not at all, and close the logs."""
+        if self._writer is not None:
+            self._writer.close()
+        if not self.is_main:
+            return
+        with replacing_folder(self.folder / name) as aside:
+            export(aside)
+        seconds = round(time.perf_counter() - self.started, 1)
+        write_json(self.folder / "run.json", {"command": sys.argv[1:], "seconds": seconds, "versions": versions()})

@@ -1,0 +1,195 @@
+"""The values that travel between the parts. Pure: torch only.
+
+Letters: **B** records, **K** candidates per record, **U** units (tokens of a text, latent frames of a video, 1 if
+none), ``...`` latent dimensions. Times are in [0, 1], 0 = clean data, 1 = noise, always float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Condition = dict[str, Tensor]
+"""Opaque outside its family; every tensor leads with (B, K) or (B, 1)."""
+Role = str
+"""``"policy"``, ``"reference"``, ``"behaviour"``, ``"prev"``, ``"guide"``, ``"history.0"`` ..."""
+Labels = Mapping[str, Tensor]
+"""``"reward"`` (B, K) or (B, K, U), higher is better, and whatever else an objective declares."""
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """A sampling trajectory: ``t`` (B, K, T+1), ``x`` (B, K, T+1, ...), ``prediction`` (B, K, T, ...)."""
+
+    t: Tensor
+    x: Tensor
+    prediction: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """K = 1 unpaired, K = 2 pairs, K > 2 ranked. Two conditions on one image is just ``cond`` with (B, 2)."""
+
+    x0: Tensor
+    """(B, K, ...) clean latents, or token ids (B, K, L)."""
+    cond: Condition
+    labels: Labels
+    mask: Tensor | None = None
+    """(B, K, U) units that count; a padding candidate has none."""
+    path: Path | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        path = self.path and Path(*(getattr(self.path, n).to(device) for n in ("t", "x", "prediction")))
+        return Batch(
+            self.x0.to(device),
+            {name: value.to(device) for name, value in self.cond.items()},
+            {name: value.to(device) for name, value in self.labels.items()},
+            None if self.mask is None else self.mask.to(device),
+            path,
+        )
+
+    def rows(self, index: slice) -> Batch:
+        """Some of the records."""
+        return replace(
+            self,
+            x0=self.x0[index],
+            cond={name: value[index] for name, value in self.cond.items()},
+            labels={name: value[index] for name, value in self.labels.items()},
+            mask=None if self.mask is None else self.mask[index],
+            path=self.path and Path(self.path.t[index], self.path.x[index], self.path.prediction[index]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """All randomness of one step; every role sees the same one."""
+
+    t: Tensor
+    """(B, K) in [0, 1], float32."""
+    x_t: Tensor
+    """(B, K, ...)."""
+    target: Tensor
+    """(B, K, ...) in the family's parametrisation."""
+    t_prev: Tensor | None = None
+    x_prev: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogProbs:
+    """Log-probabilities by role: nats for text, minus a scaled denoising error for diffusion."""
+
+    by_role: Mapping[Role, Tensor]
+    """(B, K, U); only ``"policy"`` carries gradient."""
+    mask: Tensor
+    """(B, K, U)."""
+    gap: Tensor | None = None
+    """(B, K) mean squared difference of policy and reference predictions, a KL surrogate."""
+    scale: float = 1.0
+    """What one unit of error costs in log-prob, so that metrics can report errors."""
+
+    def sum(self, role: Role = "policy") -> Tensor:
+        """(B, K): summed over the units that count."""
+        return (self.by_role[role] * self.mask).sum(-1)
+
+    def mean(self, role: Role = "policy") -> Tensor:
+        """(B, K): per unit; 0 for a candidate without units."""
+        return self.sum(role) / self.mask.sum(-1).clamp_min(1)
+
+    def ratio(self, how: Literal["sum", "mean"] = "sum", against: Role = "reference") -> Tensor:
+        """(B, K): ``log p_policy - log p_against``, the implicit reward without its beta."""
+        reduce = self.sum if how == "sum" else self.mean
+        return reduce("policy") - reduce(against)
+
+
+class Loss(NamedTuple):
+    """What an objective returns. Objectives never reduce over the batch."""
+
+    value: Tensor
+    """(B,)."""
+    weight: Tensor
+    """(B,), 0 for ties, padding and masked rows."""
+
+    def reduce(self) -> Tensor:
+        """``sum(w v) / sum(w)``: the only reduction there is. A batch of zero weight gives 0 with zero gradient."""
+        return (self.weight * self.value).sum() / self.weight.sum().clamp_min(torch.finfo(self.weight.dtype).tiny)
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """draw + estimate + objective, with the paper's parameters of the objective."""
+
+    draw: Callable[..., Draw | None]
+    estimate: Callable[..., LogProbs]
+    objective: str
+    weight: float = 1.0
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A named row of the catalogue."""
+
+    name: str
+    paper: str
+    main: Term
+    extra: tuple[Term, ...] = ()
+    source: Literal["offline", "online", "either"] = "offline"
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The main term and its companions."""
+        return (self.main, *self.extra)
+
+
+class Schedule(Protocol):
+    """Noise schedule and parametrisation of one model line; see :mod:`diffalign.schedule`."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def native(self, t: Tensor) -> Tensor: ...
+    def grid(self, steps: int) -> Tensor: ...
+    def sample_t(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sample to generate. Its noise depends on ``seed`` alone, never on its neighbours in a batch."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample: ``guidance`` 1 means without classifier-free guidance; ``size`` (height, width) in pixels."""
+
+    sampler: str = "euler"
+    steps: int = 20
+    guidance: float = 1.0
+    size: tuple[int, int] | None = None
+
+
+class DiffusionFamily(Protocol):
+    """What draws and estimators need of a diffusion or flow model line. ``net`` is the one module that trains."""
+
+    net: nn.Module
+    schedule: Schedule
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def modality(self) -> Literal["image", "video", "mesh"]: ...
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
+
+
+class Weights(Protocol):
+    """Which parameters play which role; see :mod:`diffalign.weights`."""
+
+    def use(self, role: Role) -> AbstractContextManager[nn.Module]: ...
+    def trainable(self) -> list[nn.Parameter]: ...

@@ -1,0 +1,129 @@
+"""Which parameters play which role. The only place where a network is switched between roles.
+
+========== ========================================== ==========================================
+role        with a LoRA                                 full weights
+========== ========================================== ==========================================
+policy      adapter on                                  the network
+reference   adapter off: no second copy                 a frozen copy, made on first use
+average     EMA of the adapter, swapped in              EMA of the network, swapped in
+========== ========================================== ==========================================
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.errors import UserError
+from diffalign.types import Role
+
+ROLES = ("policy", "reference", "average")
+
+
+def add_lora(net: nn.Module, rank: int, alpha: int | None, targets: Sequence[str]) -> None:
+    """Freeze ``net`` and put a trainable LoRA (arXiv:2106.09685) on every module whose name ends in a target.
+
+    The update starts at zero, so that policy = reference at step 0; alpha defaults to the rank (scale 1).
+    """
+    from peft import LoraConfig
+
+    net.requires_grad_(False)
+    net.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets)))  # type: ignore[operator]
+
+
+class Weights:
+    """The roles of one trained network.
+
+    Args:
+        net: the network, with a LoRA from :func:`add_lora` or with full weights to train.
+        lora: whether the trainable parameters are an adapter.
+        ema: decay of the exponential moving average of the trainable parameters, None for none.
+    """
+
+    def __init__(self, net: nn.Module, *, lora: bool, ema: float | None = None) -> None:
+        self.net = net
+        self.lora = lora
+        self.ema = ema
+        self._reference: nn.Module | None = None
+        if not lora:
+            net.requires_grad_(True)
+        self.average = [p.detach().clone() for p in self.trainable()] if ema is not None else None
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters the optimiser sees."""
+        return [p for p in self.net.parameters() if p.requires_grad]
+
+    def prepare(self, roles: Sequence[Role]) -> None:
+        """Make what the roles need before training starts: a frozen copy for a full-weight reference.
+
+        Raises:
+            UserError: a role that cannot be played.
+        """
+        for role in roles:
+            if role not in ROLES:
+                raise UserError(f"no weights play the role {role!r}; available: {', '.join(ROLES)}")
+        if "reference" in roles and not self.lora:
+            self._reference = copy.deepcopy(self.net).requires_grad_(False)
+
+    @contextmanager
+    def use(self, role: Role) -> Iterator[nn.Module]:
+        """The network as it plays ``role``. Only the policy may be used with gradient."""
+        if role == "policy":
+            yield self.net
+        elif role == "reference" and self.lora:
+            self.net.disable_adapters()  # type: ignore[operator]
+            try:
+                yield self.net
+            finally:
+                self.net.enable_adapters()  # type: ignore[operator]
+        elif role == "reference" and self._reference is not None:
+            yield self._reference
+        elif role == "average" and self.average is not None:
+            with self._swapped(self.average):
+                yield self.net
+        else:
+            raise RuntimeError(f"role {role!r} was not prepared")
+
+    @contextmanager
+    def _swapped(self, values: list[Tensor]) -> Iterator[None]:
+        held = [p.detach().clone() for p in self.trainable()]
+        self._write(values)
+        try:
+            yield
+        finally:
+            self._write(held)
+
+    @torch.no_grad()
+    def _write(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.trainable(), values, strict=True):
+            parameter.copy_(value)
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """One EMA step, to be called once per optimiser step: ``average <- d average + (1 - d) policy``."""
+        if self.average is not None and self.ema is not None:
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.trainable()], 1 - self.ema)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Trainable parameters by name, and their averages under ``average.<name>``."""
+        names = [n for n, p in self.net.named_parameters() if p.requires_grad]
+        state = {n: p.detach() for n, p in zip(names, self.trainable(), strict=True)}
+        averages = zip(names, self.average, strict=True) if self.average is not None else ()
+        return {**state, **{f"average.{n}": value for n, value in averages}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of :meth:`state_dict`.
+
+        Raises:
+            UserError: the checkpoint holds other parameters than this run trains.
+        """
+        mine = self.state_dict()
+        if mine.keys() != state.keys() or any(mine[n].shape != state[n].shape for n in mine):
+            raise UserError("the checkpoint was written by a run with other trainable parameters (model, LoRA or EMA)")
+        for name, value in mine.items():
+            value.copy_(state[name])
