@@ -30,8 +30,10 @@ DEFAULT_CONFIG = {"quickstart": "quickstart"}
 OVERRIDE = re.compile(r"[\w.-]+=")
 LISTS = ("methods", "objectives", "families", "scorers")
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
-DISK_FULL = ("no space left", "os error 28", "pytorchstreamwriter failed")
-"""How libraries that do not raise OSError say that the disk is full."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space on the device, over the quota, over a limit on the size of a file."""
+DISK_FULL_WORDS = ("no space left", *(f"os error {number}" for number in DISK_FULL), "inline_container.cc")
+"""How libraries that do not raise OSError say so: safetensors, and torch in whatever its zip writer makes of it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,8 +80,9 @@ def _fail(message: str) -> int:
 
 def _explain(error: Exception) -> str | None:
     """One line about a failure of the disk or the operating system; None for anything else, which is a bug."""
-    name, number = getattr(error, "filename", None), getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(error).lower() for sign in DISK_FULL):
+    name = getattr(error, "filename", None) or getattr(error, "where", None)
+    number = getattr(error, "errno", None)
+    if number in DISK_FULL or any(words in str(error).lower() for words in DISK_FULL_WORDS):
         return f"disk full while writing {name or 'a file'}; free space and resume"
     if not isinstance(error, OSError):
         return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -68,7 +69,7 @@ _Loader.add_implicit_resolver(
 def _read_yaml(path: Path) -> dict[str, Json]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
@@ -91,7 +92,7 @@ def _apply_override(model: type[BaseModel], content: dict[str, Json], override: 
     plain = text != "null" and _is_text(model, parents, last)
     try:
         value = text if plain else yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
     for part in parents:
         if content.get(part) is None:  # absent, or switched off with null
@@ -132,6 +133,13 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models(argument)
 
 
+def _short(value: Any) -> str:
+    """A value for a message. Aliases make a few lines of YAML a value that would take gigabytes to print."""
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxstring, brief.maxother = 2, 100, 100
+    return brief.repr(value)
+
+
 def _explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
     lines = []
     for item in error.errors():
@@ -141,7 +149,7 @@ def _explain(error: ValidationError, model: type[BaseModel], source: str) -> str
         elif item["type"] == "missing":
             lines.append(f"missing key {where!r}")
         else:
-            lines.append(f"{where}: {item['msg'].lower()} (got {item['input']!r})")
+            lines.append(f"{where}: {item['msg'].lower()} (got {_short(item['input'])})")
     return f"{source}: {'; '.join(lines)}"
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def check_records(records: Sequence[Record], objective: Objective, where: str) -
     """Refuse data an objective cannot learn from, before any network runs.
 
     Raises:
-        UserError: names the first record with too few or too many candidates, or a missing label.
+        UserError: names the first record with too few or too many candidates, or a missing or odd label.
     """
     if not records:
         raise UserError(f"{where}: no records")
@@ -60,16 +61,19 @@ def check_records(records: Sequence[Record], objective: Objective, where: str) -
         for candidate, label in itertools.product(record.candidates, objective.labels):
             if label not in candidate.labels:
                 raise UserError(f"{where}: record {record.id!r} has a candidate without the label {label!r}")
+            shape, first = (np.shape(c.labels[label]) for c in (candidate, records[0].candidates[0]))
+            if shape != first:
+                raise UserError(
+                    f"{where}: record {record.id!r}: {label!r} has shape {shape}, and {first} in the first record; "
+                    "give every candidate one number, or lists of one length"
+                )
     rewards = [[c.labels.get("reward") for c in r.candidates] for r in records]
     if objective.k != 1 and "reward" in objective.labels and all(all(v == row[0] for v in row) for row in rewards):
         raise UserError(f"{where}: all ties: no record prefers one candidate to another, there is nothing to learn")
 
 
-def to_tensor(image: object, size: tuple[int, int]) -> Tensor:
+def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """A PIL image -> (3, H, W) in [-1, 1]; resized to cover ``size`` and centre-cropped when it differs."""
-    from PIL import Image
-
-    assert isinstance(image, Image.Image)
     height, width = size
     if image.size != (width, height):
         factor = max(width / image.width, height / image.height)
@@ -84,7 +88,11 @@ def _read_media(record: Record, root: Path) -> list[bytes]:
     paths = [c.sample for c in record.candidates]
     if any(p is None for p in paths) or not isinstance(record.prompt, str):
         raise UserError(f"record {record.id!r}: an image family needs a text prompt and image candidates")
-    return [store.media_path(root, str(p)).read_bytes() for p in paths]
+    files = [store.media_path(root, str(p)) for p in paths]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise UserError(f"record {record.id!r}: {missing}: no such image")
+    return [file.read_bytes() for file in files]
 
 
 def _digest(shard: Sequence[Record], root: Path, family: Encoder, size: tuple[int, int]) -> str:
@@ -106,6 +114,14 @@ def _encode_shard(shard: Sequence[Record], root: Path, family: Encoder, size: tu
     rows = torch.tensor([texts.index(str(r.prompt)) for r in shard])
     cond = {f"cond.{name}": value.cpu().contiguous() for name, value in family.encode_prompt(texts).items()}
     return {"mean": mean.contiguous(), "logvar": logvar.contiguous(), "prompt": rows, **cond}
+
+
+def _open(path: Path) -> Any:
+    """A shard of the cache; None if it is not there, or broken, which a power cut can do: it is not synced."""
+    try:
+        return safe_open(path, framework="pt")
+    except (FileNotFoundError, SafetensorError):
+        return None
 
 
 class Dataset:
@@ -137,11 +153,13 @@ class Dataset:
         for start in range(0, len(records), SHARD):
             shard = records[start : start + SHARD]
             path = cache / f"{_digest(shard, root, family, resolution)}.safetensors"
-            if not path.is_file():
+            encoded = _open(path)
+            if encoded is None:
                 content = save(_encode_shard(shard, root, family, resolution))
                 with replacing(path, durable=False) as handle:
                     handle.write(content)
-            self._shards.append(safe_open(path, framework="pt"))
+                encoded = safe_open(path, framework="pt")
+            self._shards.append(encoded)
             self._first += [0, *itertools.accumulate(len(r.candidates) for r in shard[:-1])]
             progress(start + len(shard))
 
@@ -172,11 +190,12 @@ class Dataset:
         return Batch(self.family.latents(mean, logvar, noise), cond, values, mask).to(generator.device)
 
     def _label(self, rows: Sequence[Sequence[store.Candidate]], name: str) -> Tensor:
-        """(B, K) or (B, K, U); padding candidates get 0 and are masked."""
-        values = [[c.labels[name] for c in row] for row in rows]
-        padding: Mapping[bool, object] = {True: 0.0, False: [0.0] * np.size(values[0][0])}
-        blank = padding[isinstance(values[0][0], float)]
-        return torch.tensor([[*row, *[blank] * (self.k - len(row))] for row in values], dtype=torch.float32)
+        """(B, K), or (B, K, U) for a label per unit; padding candidates get zeros and are masked."""
+        out = torch.zeros(len(rows), self.k, *np.shape(rows[0][0].labels[name]))
+        for b, row in enumerate(rows):
+            for k, candidate in enumerate(row):
+                out[b, k] = torch.tensor(candidate.labels[name])
+        return out
 
 
 def order(n: int, seed: int, start: int, count: int) -> Iterator[int]:

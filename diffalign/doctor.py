@@ -212,16 +212,28 @@ def _print(table: Table) -> None:
 
 def list_command(what: str) -> None:
     """Print a table of what a config can name: methods, objectives, families or scorers."""
+    columns, rows = _listing(what)
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    _print(table)
+
+
+def markdown_list(what: str) -> str:
+    """The same table in Markdown, without places; the README holds it, and a test compares the two."""
+    columns, rows = _listing(what)
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line[:-1])} |\n" for line in lines)
+
+
+def _listing(what: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     columns, rows = {
         "methods": (("name", "needs", "paper", "where"), _method_rows),
         "objectives": (("name", "needs", "paper", "where"), _objective_rows),
         "families": (("name", "what", "where"), _family_rows),
         "scorers": (("name", "what", "where"), _scorer_rows),
     }[what]
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows():
-        table.add_row(*map(Text, row))
-    _print(table)
+    return columns, list(rows())
 
 
 def _method_rows() -> Iterator[tuple[str, ...]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffalign.registry import check_parameters
 from diffalign.types import Batch, DiffusionFamily, Draw, Weights
 
 
@@ -25,7 +27,7 @@ def forward(
     *,
     share_t: bool = True,
     share_noise: bool = True,
-    **density: Any,
+    density: Mapping[str, Any] | None = None,
 ) -> Draw:
     """Forward noising: t from the schedule's density, Gaussian noise, both shared by the candidates of a record.
 
@@ -35,10 +37,11 @@ def forward(
         batch: ``x0`` (B, K, ...).
         generator: the only source of randomness.
         share_t, share_noise: one draw per record (Diffusion-DPO), else one per candidate.
-        density: keyword arguments of the schedule's ``sample_t``.
+        density: keyword arguments of the schedule's ``sample_t``, for example ``{"mean": 0.5}``.
     """
     b, k = batch.x0.shape[:2]
-    t = family.schedule.sample_t((b, 1 if share_t else k), generator, **density).expand(b, k)
-    noise = _shared(tuple(batch.x0.shape), k, generator, share_noise)
     schedule = family.schedule
+    check_parameters(schedule.sample_t, density or {}, "draw.density")
+    t = schedule.sample_t((b, 1 if share_t else k), generator, **(density or {})).expand(b, k)
+    noise = _shared(tuple(batch.x0.shape), k, generator, share_noise)
     return Draw(t, schedule.add_noise(batch.x0, noise, t), schedule.target(batch.x0, noise, t))

@@ -15,9 +15,8 @@ from diffalign import config as cfg
 from diffalign import records as store
 from diffalign import score
 from diffalign.errors import UserError
-from diffalign.families.base import load_family
 from diffalign.files import claim, write_json
-from diffalign.generate import RECORDS, generate, make_sampling, model_name, read_prompts
+from diffalign.generate import RECORDS, generate, load_model, make_sampling, model_name, read_prompts
 from diffalign.records import Record
 from diffalign.results import Measured, Results, table
 
@@ -42,8 +41,8 @@ def outcomes(path: Path, label: str) -> dict[str, dict[str, list[float]]]:
 
 def _task_draws(prompts: Mapping[str, Sequence[float]], rng: np.random.Generator) -> np.ndarray:
     """(RESAMPLES,) means of a task over prompts drawn with replacement; a prompt brings all of its images."""
-    sums = np.array([np.sum(values) for values in prompts.values()])
-    counts = np.array([len(values) for values in prompts.values()])
+    images = [prompts[prompt] for prompt in sorted(prompts)]  # pairing must not hang on the order of a file
+    sums, counts = np.array([np.sum(values) for values in images]), np.array([len(values) for values in images])
     drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
     return sums[drawn].sum(1) / counts[drawn].sum(1)
 
@@ -113,8 +112,8 @@ def _print(results: Results) -> None:
 def _judge(config: cfg.EvalConfig, model: cfg.ModelConfig, prompts: list[Record], out: Path) -> Outcomes:
     """Generate and score one model's images below ``out``; both stages resume."""
     shared = config.model_dump(mode="json", exclude={"model", "against", "out", "note"})
-    claim(out / RECORDS, out / "generate.json", {"model": model.model_dump(mode="json"), **shared})
-    family = load_family(model.family, model.path, model.device, model.adapter)
+    claim(out / RECORDS, out / "generate.json", {"model": model.model_dump(mode="json"), **shared}, out / "media")
+    family = load_model(model)
     images = generate(
         family,
         prompts,

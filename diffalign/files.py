@@ -15,6 +15,17 @@ from diffalign.errors import UserError
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Notes the file on the error of a failed write: the operating system and the libraries leave that out."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "where"):
+            error.where = str(path)  # type: ignore[attr-defined]
+        raise
+
+
+@contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary file written aside that takes the place of ``path`` on success and vanishes on failure.
 
@@ -24,7 +35,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with aside.open("xb") as handle:
+        with writing(path), aside.open("xb") as handle:
             yield handle
             handle.flush()
             if durable:
@@ -60,7 +71,8 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        yield aside
+        with writing(target):
+            yield aside
         for path in aside.rglob("*"):
             if path.is_file():
                 with path.open("rb") as handle:
@@ -68,12 +80,29 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             else:
                 sync_folder(path)
         sync_folder(aside)
-        if target.exists():
-            shutil.rmtree(target)
+        remove_folder(target)
         aside.rename(target)
         sync_folder(target.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, if it is there, so that no crash leaves a part of it under its name."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.old.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left aside in a folder that nobody else is writing to."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -82,26 +111,36 @@ def write_json(path: Path, value: Any) -> None:
         handle.write(json.dumps(value, indent=2, ensure_ascii=False).encode())
 
 
-def claim(output: Path, sidecar: Path, identity: dict[str, Any], *, write: bool = True) -> None:
+def claim(output: Path, sidecar: Path, identity: dict[str, Any], *parts: Path, write: bool = True) -> None:
     """Tie a resumable output to what decides its content: new outputs note it in ``sidecar``, old ones must match.
+
+    Args:
+        parts: what belongs to the output beside it, such as its media folder.
 
     Raises:
         UserError: the output was made from something else, or by something else.
     """
     advice = "choose another `out` or delete it"
-    if sidecar.is_file():
-        try:
-            known = json.loads(sidecar.read_bytes())
-        except ValueError:
-            raise UserError(f"{sidecar}: not readable; {advice}") from None
-        same = known.keys() if isinstance(known, dict) else {}
-        changed = [key for key in identity if key not in same or known[key] != identity[key]]
-        if changed:
-            raise UserError(f"{output}: was made with different {', '.join(changed)} (see {sidecar.name}); {advice}")
-    elif output.exists():
-        raise UserError(f"{output}: exists without its {sidecar.name}, so it cannot be continued; {advice}")
-    elif write:
-        write_json(sidecar, identity)
+    made = next((path for path in (output, *parts) if _holds_something(path)), None)
+    if made is None:
+        if write:
+            write_json(sidecar, identity)
+        return
+    if not sidecar.is_file():
+        raise UserError(f"{made}: exists without its {sidecar.name}, so it cannot be continued; {advice}")
+    try:
+        known = json.loads(sidecar.read_bytes())
+    except ValueError:
+        raise UserError(f"{sidecar}: not readable; {advice}") from None
+    same = known.keys() if isinstance(known, dict) else {}
+    changed = [key for key in identity if key not in same or known[key] != identity[key]]
+    if changed:
+        raise UserError(f"{output}: was made with different {', '.join(changed)} (see {sidecar.name}); {advice}")
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether there is anything in a file or folder that a stage would continue."""
+    return any(path.glob("[!.]*")) if path.is_dir() else path.exists() and path.stat().st_size > 0
 
 
 def siblings(source: str | Path, out: str | Path) -> tuple[Path, Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +52,10 @@ def _prompt_source(source: str) -> list[Record]:
         return [r.model_copy(update={"candidates": []}) for r in store.read(path)]
     if not path.is_file():
         raise UserError(f"prompts.source: no file {source} (and no world of that name)")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts.source: {path} is not UTF-8 text: {error}") from None
     return [Record(id=str(i), prompt=line) for i, line in enumerate(lines) if line]
 
 
@@ -86,9 +88,9 @@ def sample_images(family: DiffusersFamily, requests: Sequence[Request], sampling
     return family.decode(SAMPLERS[sampling.sampler](predict, noise.to(family.device), grid))
 
 
-def _to_bytes(images: Tensor) -> np.ndarray:
-    """(N, 3, H, W) in [0, 1] -> (N, H, W, 3) uint8, rounded as the stock pipelines do."""
-    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+def _to_bytes(image: Tensor) -> np.ndarray:
+    """(3, H, W) in [0, 1] -> (H, W, 3) uint8, rounded as the stock pipelines do."""
+    return (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
 def generate(
@@ -118,22 +120,36 @@ def generate(
     """
     path = out / RECORDS
     with store.Appender(path) as appender, _progress() as progress:
-        todo = [r for r in prompts if r.id not in appender.done]
-        task = progress.add_task(title, total=len(prompts) * candidates, completed=len(appender.done) * candidates)
-        pending = iter(todo)
-        while group := list(islice(pending, max(1, batch // candidates))):
+        task = progress.add_task(title, total=len(prompts) * candidates)
+        for group in _groups(prompts, max(1, batch // candidates)):
+            todo = [r for r in group if r.id not in appender.done]
             wanted = [(r, k, f"media/{r.id}-{k}.png") for r in group for k in range(candidates)]
-            missing = [item for item in wanted if not (out / item[2]).is_file()]
-            for start in range(0, len(missing), batch):
-                chunk = missing[start : start + batch]
-                requests = [Request(str(r.prompt), candidate_seed(seed, r.id, k)) for r, k, _ in chunk]
-                pixels = _to_bytes(sample_images(family, requests, sampling))
-                for (_, _, name), image in zip(chunk, pixels, strict=True):
-                    store.save_image(out / name, image)
-                progress.advance(task, len(chunk))
-            progress.advance(task, len(wanted) - len(missing))
-            appender.append(_record(r, candidates, sampling, seed, model) for r in group)
+            for start in range(0, len(wanted) if todo else 0, batch):
+                _sample_missing(family, wanted[start : start + batch], out, sampling, seed)
+            appender.append(_record(r, candidates, sampling, seed, model) for r in todo)
+            progress.advance(task, len(wanted))
     return path
+
+
+def _groups(prompts: Sequence[Record], size: int) -> Iterator[Sequence[Record]]:
+    """The same groups whatever was done before: the last bits of an image depend on the batch it is sampled in."""
+    return (prompts[start : start + size] for start in range(0, len(prompts), size))
+
+
+def _sample_missing(
+    family: DiffusersFamily, chunk: Sequence[tuple[Record, int, str]], out: Path, sampling: Sampling, seed: int
+) -> None:
+    """Sample one batch of (record, candidate, file) and write the images that are not there yet."""
+    missing = {name for _, _, name in chunk if not (out / name).is_file()}
+    if not missing:
+        return
+    requests = [Request(str(r.prompt), candidate_seed(seed, r.id, k)) for r, k, _ in chunk]
+    images = sample_images(family, requests, sampling)
+    for (record, _, name), image in zip(chunk, images, strict=True):
+        if not image.isfinite().all():
+            raise UserError(f"record {record.id!r}: the model samples {image.mean().item()}; check model and adapter")
+        if name in missing:
+            store.save_image(out / name, _to_bytes(image))
 
 
 def _record(prompt: Record, candidates: int, sampling: Sampling, seed: int, model: str) -> Record:
@@ -149,6 +165,15 @@ def _progress() -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
+def load_model(model: cfg.ModelConfig) -> DiffusersFamily:
+    """The model to sample from, with its adapter."""
+    if model.lora is not None:
+        raise UserError(
+            "model.lora: is for `diffalign train`; to sample from a trained LoRA give its folder as model.adapter"
+        )
+    return load_family(model.family, model.path, model.device, model.adapter)
+
+
 def model_name(model: cfg.ModelConfig) -> str:
     """What the origin of a sample says about its model."""
     return model.path if model.adapter is None else f"{model.path}+{model.adapter}"
@@ -159,11 +184,11 @@ def run(config: cfg.GenerateConfig, dry_run: bool = False) -> Path:
     prompts = read_prompts(config.prompts, config.seed)
     out = Path(config.out)
     identity = config.model_dump(mode="json", exclude={"out"})
-    claim(out / RECORDS, out / "generate.json", identity, write=not dry_run)
+    claim(out / RECORDS, out / "generate.json", identity, out / "media", write=not dry_run)
     if dry_run:
         print(f"would sample {len(prompts)} prompts x {config.candidates} candidates into {out}")
         return out / RECORDS
-    family = load_family(config.model.family, config.model.path, config.model.device, config.model.adapter)
+    family = load_model(config.model)
     path = generate(
         family, prompts, out, candidates=config.candidates, sampling=make_sampling(config.sampling),
         batch=config.sampling.batch, seed=config.seed, model=model_name(config.model),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, ValidationError, model_validator
 
 from diffalign.errors import UserError
-from diffalign.files import refuse_folder, replacing, sync_folder
+from diffalign.files import refuse_folder, replacing, sync_folder, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -207,7 +207,8 @@ class Appender:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._handle.close()
+        with writing(self.path):
+            self._handle.close()
 
     def append(self, records: Iterable[Record]) -> None:
         """Write whole lines and wait until they are on disk. Nothing is written if any of the records is unsound."""
@@ -218,9 +219,10 @@ class Appender:
                 raise UserError(f"{self.path}: id {record.id!r} is already there; ids are unique")
             ids.add(record.id)
             lines.append(_line(record))
-        self._handle.write(b"".join(lines))
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
+        with writing(self.path):
+            self._handle.write(b"".join(lines))
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
         self.done |= ids
 
 

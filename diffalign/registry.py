@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,8 @@ class Objective:
 
 
 OBJECTIVES: dict[str, Objective] = {}
+PLAIN: dict[str, Any] = {"float": float | int, "int": int, "bool": bool, "str": str, "None": type(None)}
+"""Annotations that a value of a config is checked against."""
 
 
 def objective(
@@ -98,16 +101,29 @@ def keyword_parameters(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is what an annotation of plain types asks for; numbers must be finite."""
+    names = str(getattr(annotation, "__name__", annotation)).split(" | ")
+    if not all(name in PLAIN for name in names):
+        return True
+    if isinstance(value, bool):
+        return "bool" in names
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return finite and any(isinstance(value, PLAIN[name]) for name in names)
+
+
 def check_parameters(fn: Callable[..., Any], given: Mapping[str, Any], where: str, *, complete: bool = False) -> None:
-    """Refuse parameters a part does not have, and missing ones if ``complete``.
+    """Refuse parameters a part does not have, values of another type, and missing ones if ``complete``.
 
     Raises:
-        UserError: names the parameter, the part and the nearest valid name.
+        UserError: names the parameter, the part and the nearest valid name or the type.
     """
     schema = keyword_parameters(fn)
-    for name in given:
+    for name, value in given.items():
         if name not in schema:
             raise UserError(f"{where} has no parameter {name!r}{nearest(name, schema)}")
+        if not _fits(value, schema[name].annotation):
+            raise UserError(f"{where}: {name} must be {schema[name].annotation}, got {value!r}")
     missing = [n for n, p in schema.items() if p.default is inspect.Parameter.empty and n not in given]
     if complete and missing:
         raise UserError(f"{where} needs {', '.join(missing)}")

@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,8 +140,8 @@ class Discrete:
 
     def grid(self, steps: int) -> Tensor:
         """``steps + 1`` decreasing times: the stock "trailing" spacing, which starts at the noisiest level, then 0."""
-        indices = (self.steps - torch.arange(steps) * (self.steps / steps)).round() - 1
-        return torch.cat([self.unit(indices), torch.zeros(1)])
+        indices = np.arange(self.steps, 0, -self.steps / steps)[:steps].round() - 1  # the stock rounding, to the digit
+        return torch.cat([self.unit(torch.from_numpy(indices)), torch.zeros(1)])
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t from data and noise; ``t`` has the leading dimensions of ``x0``."""

@@ -1,10 +1,9 @@
-"""`diffalign score`: records -> the same records with a label per scorer. Resumable."""
+"""`diffalign score`: records -> the same records with a label per scorer. Resumable; a crash loses at most a batch."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from diffalign.errors import UserError
 from diffalign.files import claim, siblings
 from diffalign.records import Record
 from diffalign.scoring import Scorer, check_unscored, load_scorer, score_records
-
-APPEND = 32  # records per write; a crash loses at most these and one batch
 
 
 def run(config: ScoreConfig, dry_run: bool = False) -> Path:
@@ -83,12 +80,27 @@ def _score_missing(source: Path, out: Path, specs: dict[str, ScorerConfig], batc
         task = progress.add_task("score", total=len(ids), completed=len(output.done))
         if len(output.done) == len(ids):
             return
-        missing = (record for record in records.read(source) if record.id not in output.done)
-        for group in _groups(score_records(missing, source.parent, _load(specs), batch), APPEND):
-            output.append(group)
-            progress.advance(task, len(group))
+        scorers = _load(specs)
+        for group in _groups(records.read(source), batch):
+            missing = {record.id for record in group} - output.done
+            if missing:
+                scored = score_records(group, source.parent, scorers, batch)
+                output.append(record for record in scored if record.id in missing)
+                progress.advance(task, len(missing))
 
 
-def _groups(items: Iterator[Record], size: int) -> Iterator[list[Record]]:
-    while group := list(islice(items, size)):
+def _groups(found: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    """Runs of records with up to ``size`` candidates, or one record with more.
+
+    The same runs whatever was done before: the last bits of a score may depend on the batch it is computed in.
+    """
+    group: list[Record] = []
+    held = 0
+    for record in found:
+        if group and held + len(record.candidates) > size:
+            yield group
+            group, held = [], 0
+        group.append(record)
+        held += len(record.candidates)
+    if group:
         yield group

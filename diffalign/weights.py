@@ -28,11 +28,17 @@ def add_lora(net: nn.Module, rank: int, alpha: int | None, targets: Sequence[str
     """Freeze ``net`` and put a trainable LoRA (arXiv:2106.09685) on every module whose name ends in a target.
 
     The update starts at zero, so that policy = reference at step 0; alpha defaults to the rank (scale 1).
+
+    Raises:
+        UserError: a target names no module, or one that cannot have a LoRA.
     """
     from peft import LoraConfig
 
     net.requires_grad_(False)
-    net.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets)))  # type: ignore[operator]
+    try:
+        net.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets)))  # type: ignore[operator]
+    except ValueError as error:
+        raise UserError(f"model.lora.targets: {error}") from None
 
 
 class Weights:
@@ -67,7 +73,8 @@ class Weights:
             if role not in ROLES:
                 raise UserError(f"no weights play the role {role!r}; available: {', '.join(ROLES)}")
         if "reference" in roles and not self.lora:
-            self._reference = copy.deepcopy(self.net).requires_grad_(False)
+            # still requires_grad: torch picks the matmul kernel by it, and a frozen copy would round differently
+            self._reference = copy.deepcopy(self.net)
 
     @contextmanager
     def use(self, role: Role) -> Iterator[nn.Module]:

@@ -13,6 +13,11 @@ settings.register_profile("diffalign", deadline=None)  # the first example of a 
 settings.load_profile("diffalign")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Registered here and not in ``golden/``: pytest reads options before it descends into folders."""
+    parser.addoption("--golden-dir", metavar="DIR", help="reference numbers to check, instead of tests/golden/data")
+
+
 class Outcome(NamedTuple):
     """What a command line left behind."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import pkgutil
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from diffalign.errors import UserError, nearest
 from diffalign.types import Condition, Schedule
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDED = {"shapes": Path(__file__).parent.parent / "worlds" / "shapes" / "weights"}
 
 
@@ -40,6 +42,10 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"model.device: {name!r} is not a torch device (auto, cpu, cuda, cuda:1)") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"model.device: {name!r} asked for, but torch sees no CUDA device; use cpu or auto")
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:
+        raise UserError(f"model.device: {name!r} cannot be used: {str(error).partition('. ')[0]}") from None
     return device
 
 
@@ -83,6 +89,46 @@ def _quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
+@contextmanager
+def _foreign_files(failure: str) -> Iterator[None]:
+    """Turns whatever a library raises about files it cannot use into one line of bad input."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{failure}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """The components of a diffusers folder and the library of each, checked.
+
+    Raises:
+        UserError: it is missing or broken, a component is missing, or one is code that comes with the files.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"model.path: {folder} holds no model_index.json; give a diffusers folder or a Hub id")
+    try:
+        listed = json.loads(index.read_bytes())
+        libraries = {name: value[0] for name, value in listed.items() if isinstance(value, list)}
+    except (ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise UserError(f"model.path: {index} is not a list of components ({error}); get the folder again") from None
+    for name, library in libraries.items():
+        if library is not None and not _is_known(library):
+            raise UserError(f"model.path: {index}: {name} is code from {library!r}; only diffusers' own parts are run")
+        if library is not None and not (folder / name).is_dir():
+            raise UserError(f"model.path: {folder} holds no {name}, which its model_index.json lists")
+    return libraries
+
+
+def _is_known(library: Any) -> bool:
+    if library in ("diffusers", "transformers"):
+        return True
+    is_name = isinstance(library, str) and library.isidentifier()
+    return is_name and importlib.util.find_spec(f"diffusers.pipelines.{library}") is not None
+
+
 class DiffusersFamily:
     """A diffusers pipeline taken apart: frozen encoders and VAE, one trainable ``net``, one schedule.
 
@@ -107,7 +153,7 @@ class DiffusersFamily:
         self.vae: Any = pipe.vae
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
-                part.requires_grad_(False).eval().to(device, torch.float32)
+                part.requires_grad_(False).eval().to(device)
         self._conditions: dict[str, Condition] = {}
         self._fingerprint: str | None = None
 
@@ -122,18 +168,16 @@ class DiffusersFamily:
     def load(cls, path: str, device: torch.device) -> DiffusersFamily:
         """Load from a diffusers folder or Hub id, safetensors only; everything becomes float32."""
         absent = dict.fromkeys(cls.without)
-        index = Path(path) / "model_index.json"
         if Path(path).exists() or path.startswith((".", "/")):
-            if not index.is_file():
-                raise UserError(f"model.path: {path} holds no model_index.json; give a diffusers folder or a Hub id")
-            listed = json.loads(index.read_text(encoding="utf-8"))
-            absent = dict.fromkeys(name for name in cls.without if listed.get(name, [None])[0] is None)
-        try:
-            with _quiet():
-                pipe = cls.pipeline_class().from_pretrained(path, use_safetensors=True, **absent)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"model.path: cannot load {path} as {cls.pipeline}: {reason}") from None
+            libraries = _read_index(Path(path))
+            absent = dict.fromkeys(name for name in cls.without if libraries.get(name) is None)
+        with _foreign_files(f"model.path: cannot load {path} as {cls.pipeline}"), _quiet():
+            pipe = cls.pipeline_class().from_pretrained(path, dtype=torch.float32, use_safetensors=True, **absent)
+        parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+        broken = [name for name, part in parts.items() if any(p.is_meta for p in part.parameters())]
+        broken += [name for name in ("vae", cls.net_name) if name not in parts]
+        if broken:
+            raise UserError(f"model.path: {path} lacks weights of its {', '.join(broken)}; get the folder again")
         return cls(pipe, path, device)
 
     # --- images -------------------------------------------------------------------------------------------------
@@ -144,16 +188,22 @@ class DiffusersFamily:
         side = self.net.config.sample_size * self.pipe.vae_scale_factor  # type: ignore[union-attr]
         return side, side
 
+    @property
+    def size_rule(self) -> tuple[int, int | None]:
+        """What the sides of an image must be multiples of, and their maximum, if there is one."""
+        return self.pipe.vae_scale_factor, None
+
     def image_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """Height and width in pixels that will be used for a wish.
 
         Raises:
-            UserError: a size the VAE cannot represent.
+            UserError: a size the model cannot represent.
         """
         height, width = size or self.default_size
-        factor = self.pipe.vae_scale_factor
-        if height % factor or width % factor:
-            raise UserError(f"size {height}x{width}: both sides must be multiples of {factor}")
+        step, most = self.size_rule
+        if any(side <= 0 or side % step or side > (most or side) for side in (height, width)):
+            limit = f" up to {most}" if most else ""
+            raise UserError(f"size {height}x{width}: both sides must be multiples of {step}{limit}")
         return height, width
 
     def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, ...]:
@@ -222,8 +272,10 @@ class DiffusersFamily:
         """Write ``pytorch_lora_weights.safetensors``, which stock ``pipe.load_lora_weights(folder)`` reads."""
         from peft import get_peft_model_state_dict
 
+        settings = net.peft_config["default"].to_dict()  # type: ignore[index]
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
         layers = {f"{self.net_name}_lora_layers": get_peft_model_state_dict(net, adapter_name="default")}
-        metadata = {f"{self.net_name}_lora_adapter_metadata": net.peft_config["default"].to_dict()}  # type: ignore[index]
+        metadata = {f"{self.net_name}_lora_adapter_metadata": plain}  # sets have no order, files should
         self.pipeline_class().save_lora_weights(folder, safe_serialization=True, **layers, **metadata)
 
     def save_net(self, folder: Path, net: nn.Module) -> None:
@@ -232,6 +284,16 @@ class DiffusersFamily:
 
     def load_lora(self, folder: Path) -> None:
         """Put a LoRA written by :meth:`save_lora` (or any diffusers LoRA of this family) on the network."""
-        if not (folder / "pytorch_lora_weights.safetensors").is_file():
-            raise UserError(f"model.adapter: {folder} holds no pytorch_lora_weights.safetensors")
-        self.pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True)
+        if not (folder / LORA_FILE).is_file():
+            raise UserError(f"model.adapter: {folder} holds no {LORA_FILE}")
+        with _foreign_files(f"model.adapter: {folder} does not fit this {self.name}"):
+            state, metadata = self.pipeline_class().lora_state_dict(
+                folder, weight_name=LORA_FILE, use_safetensors=True, return_lora_metadata=True
+            )
+            mine = [key for key in state if key.startswith(f"{self.net_name}.")]
+            if not mine:
+                raise UserError(f"model.adapter: {folder} holds no weights for the {self.net_name} of a {self.name}")
+            self.net.load_lora_adapter(state, prefix=self.net_name, metadata=metadata)  # type: ignore[operator]
+        loaded = sum("lora_" in name for name, _ in self.net.named_parameters())
+        if loaded < sum("lora_" in key for key in mine):
+            raise UserError(f"model.adapter: {folder}: only {loaded} of {len(mine)} tensors fit this {self.name}")

@@ -29,6 +29,13 @@ class Family(DiffusersFamily):
         self.schedule = Rectified(shift=pipe.scheduler.config.shift)
         self.t5_tokens = 256 if pipe.text_encoder_3 is not None else 0
 
+    @property
+    def size_rule(self) -> tuple[int, int | None]:
+        """Whole patches, and no more of them than there are position embeddings."""
+        config: Any = self.net.config
+        step = self.pipe.vae_scale_factor * config.patch_size
+        return step, step * config.pos_embed_max_size
+
     def _encode(self, prompts: list[str]) -> Condition:
         states, _, pooled, _ = self.pipe.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.t5_tokens,

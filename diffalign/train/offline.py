@@ -18,7 +18,7 @@ from diffalign.errors import UserError, nearest
 from diffalign.families.base import DiffusersFamily, load_family
 from diffalign.methods import resolve
 from diffalign.registry import Objective, find_objective
-from diffalign.train.run import Run
+from diffalign.train.run import Run, checkpoints, find_checkpoint
 from diffalign.train.step import StepResult, loss_step
 from diffalign.train.update import Update
 from diffalign.types import Batch, Method
@@ -50,8 +50,11 @@ def run(config: cfg.TrainConfig, dry_run: bool = False) -> Path:
 
 
 def _prepare(config: cfg.TrainConfig) -> Job:
-    """Check the method and the data first, then load the model, then encode."""
+    """Check the directory, the method and the data first, then load the model, then encode."""
     settings = config.run
+    find_checkpoint(Path(settings.dir), settings.resume)
+    if config.model.adapter is not None:
+        raise UserError("model.adapter: training starts from the model alone; remove it, or merge it into the model")
     method = resolve(
         config.method.name,
         draw=config.method.draw,
@@ -86,8 +89,11 @@ def _prepare(config: cfg.TrainConfig) -> Job:
 
 def make_optimizer(parameters: list[torch.nn.Parameter], optim: cfg.OptimConfig) -> torch.optim.Optimizer:
     """A torch optimiser by name, any case."""
-    classes = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)]
-    known: dict[str, Callable[..., torch.optim.Optimizer]] = {c.__name__.lower(): c for c in classes}
+    base, unfit = torch.optim.Optimizer, ("LBFGS", "SparseAdam")  # these need a closure, or sparse gradients
+    classes = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, base) and c is not base]
+    known: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        c.__name__.lower(): c for c in classes if c.__name__ not in unfit
+    }
     if optim.name.lower() not in known:
         raise UserError(f"optim.name: unknown optimiser {optim.name!r}{nearest(optim.name.lower(), known)}")
     try:
@@ -122,23 +128,24 @@ def check_start(result: StepResult, objective: Objective) -> None:
         if worst > 0.0:
             raise UserError(f"step 0: role {role!r} differs from the policy by {worst:.2e} in log-prob, expected 0")
     if objective.identity is not None and result.terms[0].weight > 0:
-        value = float(result.terms[0].total / result.terms[0].weight)
+        value = float(result.terms[0].total.detach() / result.terms[0].weight)
         if abs(value - objective.identity) > 1e-5:
             known = f"{objective.name} is {objective.identity:.6f} at policy = reference"
             raise UserError(f"step 0: loss {value:.6f}, but {known}")
 
 
 def check_health(step: int, metrics: dict[str, float], run: Run) -> None:
-    """Stop at a non-finite loss, or when the first step moves nothing.
+    """Stop at a non-finite loss, or when the first step moves nothing; ``step`` counts from 1.
 
     Raises:
-        UserError: with the last good checkpoint.
+        UserError: with the last good checkpoint, which is never removed here.
     """
     if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
-        good = max(run.folder.glob("checkpoint-*"), default=None)
-        kept = f"last good checkpoint: {good}" if good else "no checkpoint was written yet"
+        # the weights that failed just now are those of the last step; a checkpoint of it is no way back
+        good = [path for saved, path in checkpoints(run.folder).items() if saved < step - 1]
+        way = f"resume from the last good checkpoint: --resume {good[-1]}" if good else "start again in a new run.dir"
         values = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
-        raise UserError(f"step {step}: {values}; lower optim.lr; {kept}")
+        raise UserError(f"step {step}: {values}; lower optim.lr and {way}")
     if step == 1 and metrics["grad_live"] == 0.0:
         raise UserError("step 1: no trainable parameter received a gradient; check model.lora.targets and the rewards")
 
@@ -173,6 +180,8 @@ def _train(job: Job) -> None:
     settings, run, update = job.config.run, job.run, job.update
     checkpoint = run.open(dump(job.config), settings.resume)
     first = run.restore(checkpoint, job.weights, update.optimizer, update.scheduler) if checkpoint else 0
+    if first > settings.steps:
+        raise UserError(f"{checkpoint}: is at step {first}, beyond run.steps={settings.steps}; raise run.steps")
     run.forget_after(first)
     if run.is_main:
         print(_plan(job))

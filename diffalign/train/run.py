@@ -13,10 +13,11 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
-import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import version
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.errors import UserError
-from diffalign.files import replacing, replacing_folder, write_json
+from diffalign.files import remove_folder, replacing, replacing_folder, sweep, write_json, writing
 from diffalign.weights import Weights
 
 LIBRARIES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft")
@@ -38,6 +39,29 @@ LIBRARIES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "p
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide a result."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run directory by the step they were written at, oldest first."""
+    found = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
+    return dict(sorted((int(step), path) for step, path in found.items() if step.isdigit()))
+
+
+def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint to continue from, None to start at step 0.
+
+    Raises:
+        UserError: the run directory holds something and ``resume`` was not asked for, or there is no such checkpoint.
+    """
+    if resume is None:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"run.dir: {folder} is not empty; --resume latest continues it, or choose another")
+        return None
+    if resume == "latest":
+        return next(reversed(checkpoints(folder).values()), None)
+    if not (Path(resume) / "state.pt").is_file():
+        raise UserError(f"run.resume: {resume} is not a checkpoint folder (no state.pt in it); try `latest`")
+    return Path(resume)
 
 
 class Run:
@@ -109,47 +133,44 @@ class Run:
         Raises:
             UserError: the directory holds something and ``resume`` was not asked for, or there is no such checkpoint.
         """
-        used = self.folder.exists() and any(self.folder.iterdir())
-        if used and resume is None:
-            raise UserError(f"run.dir: {self.folder} is not empty; --resume latest continues it, or choose another")
-        checkpoint = self._find_checkpoint(resume) if resume is not None else None
+        checkpoint = find_checkpoint(self.folder, resume)
+        self.accelerator.wait_for_everyone()  # every rank has looked before one of them writes
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder)
             with replacing(self.folder / "config.yaml") as handle:
                 handle.write(config_yaml.encode())
         self.accelerator.wait_for_everyone()
         return checkpoint
-
-    def _find_checkpoint(self, resume: str) -> Path | None:
-        if resume == "latest":
-            return max(self.folder.glob("checkpoint-*"), default=None)
-        if not (Path(resume) / "state.pt").is_file():
-            raise UserError(f"run.resume: {resume} is not a checkpoint folder (no state.pt in it); try `latest`")
-        return Path(resume)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl and to TensorBoard."""
         if not self.is_main:
             return
         line = {"step": step, "seconds": round(time.perf_counter() - self.started, 3), **metrics}
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+        with writing(self.folder / "tensorboard"):
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"))
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+                self._writer = SummaryWriter(str(self.folder / "tensorboard"))
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics of steps that a crash lost and the resumed run will take again."""
-        path = self.folder / "metrics.jsonl"
-        if not self.is_main or not path.is_file():
+        """Drop metrics and checkpoints of later steps, which this run will take again."""
+        if not self.is_main:
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with replacing(path) as handle:
-            handle.write("".join(whole).encode())
+        for later, path in checkpoints(self.folder).items():
+            if later > step:
+                remove_folder(path)
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            with replacing(path) as handle:
+                handle.write("".join(line for line in lines if _step_of(line) <= step).encode())
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -162,29 +183,38 @@ class Run:
             save_file({n: v.contiguous() for n, v in weights.state_dict().items()}, aside / "weights.safetensors")
             state = {
                 "step": step,
-                "seed": self.seed,
+                "run.seed": self.seed,
+                "optim.name": type(optimizer).__name__,
                 "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(),
                 "rng": torch.get_rng_state(),
             }
             torch.save(state, aside / "state.pt")
-        for old in sorted(self.folder.glob("checkpoint-*"))[: -self.keep]:
-            shutil.rmtree(old)
+        for old in list(checkpoints(self.folder).values())[: -self.keep]:
+            remove_folder(old)
 
     def restore(self, checkpoint: Path, weights: Weights, optimizer: torch.optim.Optimizer, scheduler: Any) -> int:
-        """Load a checkpoint (tensors only, nothing is unpickled); the step it was written at."""
+        """Load a checkpoint (tensors only, nothing is unpickled); the step it was written at.
+
+        What the optimiser has learnt comes from the checkpoint, learning rate and other settings from the config.
+        """
         try:
-            state = torch.load(checkpoint / "state.pt", map_location=self.device, weights_only=True)
+            state = _load_state(checkpoint / "state.pt")
             tensors = load_file(checkpoint / "weights.safetensors", device=str(self.device))
         except Exception as error:
-            raise UserError(f"{checkpoint}: not a readable checkpoint ({type(error).__name__})") from None
-        if state["seed"] != self.seed:
-            raise UserError(f"{checkpoint}: was written with run.seed={state['seed']}, this run has {self.seed}")
-        weights.load_state_dict(tensors)
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"].cpu())
-        self.forget_after(state["step"])
+            reason = f"not a readable checkpoint ({type(error).__name__})"
+            raise UserError(f"{checkpoint}: {reason}; delete it or resume from another") from None
+        for name, mine in (("run.seed", self.seed), ("optim.name", type(optimizer).__name__)):
+            if state.get(name) != mine:
+                raise UserError(f"{checkpoint}: was written with {name}={state.get(name)}, this run has {mine}")
+        try:
+            weights.load_state_dict(tensors)
+            _restore_optimizer(optimizer, scheduler, state)
+            torch.set_rng_state(state["rng"])
+        except UserError as error:
+            raise UserError(f"{checkpoint}: {error}") from None
+        except Exception as error:
+            raise UserError(f"{checkpoint}: its state does not fit this run: {error}; resume from another") from None
         return state["step"]
 
     def finish(self, name: str, export: Callable[[Path], None]) -> None:
@@ -197,3 +227,31 @@ class Run:
             export(aside)
         seconds = round(time.perf_counter() - self.started, 1)
         write_json(self.folder / "run.json", {"command": sys.argv[1:], "seconds": seconds, "versions": versions()})
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity for one that a crash cut off."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.pt, on the CPU."""
+    with warnings.catch_warnings(action="ignore"):  # torch remarks on odd pickles before it refuses them
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state["step"], int) or state["step"] < 0:
+        raise ValueError("step")
+    return state
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, state: dict[str, Any]) -> None:
+    """Moments and position from the checkpoint; the settings of this run's config stay."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    position = {key: state["scheduler"][key] for key in scheduler.state_dict() if key != "base_lrs"}
+    scheduler.load_state_dict(position)
+    schedules = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    for group, own, (base, factor) in zip(optimizer.param_groups, settings, schedules, strict=True):
+        group.update(own, lr=base * factor(scheduler.last_epoch))

@@ -1,6 +1,6 @@
 """Train the shipped weights of the shapes world from nothing: a tiny SD3 with diffusers' and transformers' own classes.
 
-    python -m diffalign.worlds.shapes.pretrain --out runs/pretrain            # about three hours on two CPU cores
+    python -m diffalign.worlds.shapes.pretrain --out runs/pretrain            # about forty minutes on two CPU cores
 
 Three stages, each resumable: a VAE on rendered images, a cache of its latents, and the transformer together with two
 small CLIP text encoders on flow matching. Only prompts of the train split are ever rendered. The result is a diffusers
@@ -43,7 +43,8 @@ class Recipe:
     vae_share: tuple[float, ...] = (1.0, 1.2, 3.0, 1.0, 1.2, 1.2)
     images: int = 96_000
     share: tuple[float, ...] = (0.6, 0.9, 1.2, 0.8, 2.0, 2.0)
-    steps: int = 14_000
+    steps: int = 9_000
+    decay: int = 2_000
     batch: int = 128
     lr: float = 3e-3
     warmup: int = 200
@@ -294,7 +295,7 @@ def train_transformer(out: Path, recipe: Recipe, checkpoint_every: int = 500, ev
     scale, shift = vae_config["scaling_factor"], vae_config["shift_factor"]
     log = _Log(out / "transformer.jsonl")
     for step in range(first, recipe.steps):
-        lr = recipe.lr * min(1, (step + 1) / recipe.warmup, 2 * (1 - step / recipe.steps))
+        lr = recipe.lr * min(1, (step + 1) / recipe.warmup, (recipe.steps - step) / recipe.decay)
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = lr
         generator = torch.Generator().manual_seed((recipe.seed << 32) + step)

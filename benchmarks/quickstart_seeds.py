@@ -1,0 +1,70 @@
+"""The quickstart with three seeds: gain on held-out prompts with paired intervals, time per stage, peak memory.
+
+    python benchmarks/quickstart_seeds.py --out runs/quickstart_seeds
+
+The seed decides the training pool, the LoRA's start and every draw of training; the evaluation's prompts and noise are
+the same for all seeds. Writes its section of RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from _results import machine, write_section
+
+from diffalign.results import Results, number
+
+
+def run(out: Path, seed: int) -> tuple[float, float]:
+    """Wall seconds of the whole process, start-up included, and the peak resident memory in GiB of all runs so far."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "diffalign", "quickstart", f"dir={out}", f"seed={seed}"], check=True)
+    return time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+
+
+def row(out: Path, seed: int, name: str) -> str:
+    """One line of the table."""
+    results = Results.model_validate_json((out / "eval" / name / "results.json").read_text(encoding="utf-8"))
+    found = results.overall
+    if found.against is None or found.difference is None or found.difference_interval is None:
+        raise SystemExit(f"{out}: evaluation {name} has no baseline")
+    low, high = (number(end, 3, sign=True) for end in found.difference_interval)
+    gain = f"{number(found.difference, 3, sign=True)} ({low} to {high})"
+    return f"| {seed} | {name} | {number(found.against, 3)} | {number(found.policy, 3)} | {gain} | {results.n} |"
+
+
+def main() -> None:
+    """Run all seeds one after the other and write the section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    gains = [
+        "| seed | evaluation | before | after | gain (95 % interval, paired over prompts) | n |",
+        "|---:|---|---:|---:|---:|---:|",
+    ]
+    costs = ["| seed | total s | seconds per stage |", "|---:|---:|---|"]
+    memory = 0.0
+    for seed in args.seeds:
+        out = args.out / f"seed{seed}"
+        seconds, memory = run(out, seed)
+        job = json.loads((out / "job.json").read_text(encoding="utf-8"))
+        gains += [row(out, seed, path.name) for path in sorted((out / "eval").iterdir(), reverse=True)]
+        stages = ", ".join(f"{stage['name']} {stage['seconds']:.0f}" for stage in job["stages"])
+        costs.append(f"| {seed} | {seconds:.0f} | {stages} |")
+    note = (
+        f"`python benchmarks/quickstart_seeds.py --out runs/quickstart_seeds`, {machine()}. Training reward: the "
+        "graded judge on training prompts. Scores: the binary judge on held-out prompts, fp32, before and after on the "
+        f"same prompts and noise. Peak resident memory over all runs: {memory:.2f} GiB."
+    )
+    write_section("Quickstart", "\n\n".join([note, "\n".join(gains), "\n".join(costs)]))
+
+
+if __name__ == "__main__":
+    main()
