@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished quickstart")
     parser.add_argument("out", type=Path, help="PNG to write")
     args = parser.parse_args()
-    draw(args.run).quantize(128).save(args.out, optimize=True)
+    draw(args.run).save(args.out, optimize=True)
 
 
 if __name__ == "__main__":

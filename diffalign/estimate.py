@@ -23,10 +23,10 @@ def denoising(
     batch: Batch,
     draw: Draw,
     roles: Sequence[Role],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
     *,
     scale: float = 0.5,
     frames: bool = False,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> LogProbs:
     """``-scale * mean((prediction - target)^2)`` of every role, all candidates in one forward.
 
@@ -36,9 +36,9 @@ def denoising(
 
     Args:
         roles: roles beside the policy.
+        autocast: makes the precision context of the run.
         scale: 1/2 is the Gaussian one half of the published Diffusion-DPO code, 1 leaves it out.
         frames: keep the frame axis of a video latent (B, K, C, F, H, W) as units.
-        autocast: makes the precision context of the run.
 
     Returns:
         LogProbs (B, K, U) in float32, and the policy-reference gap where a reference ran.

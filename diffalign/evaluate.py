@@ -16,7 +16,15 @@ from diffalign import records as store
 from diffalign import score
 from diffalign.errors import UserError
 from diffalign.files import claim, write_json
-from diffalign.generate import RECORDS, generate, load_model, make_sampling, model_name, read_prompts
+from diffalign.generate import (
+    RECORDS,
+    generate,
+    load_model,
+    make_sampling,
+    model_identity,
+    model_name,
+    read_prompts,
+)
 from diffalign.records import Record
 from diffalign.results import Measured, Results, table
 
@@ -112,7 +120,7 @@ def _print(results: Results) -> None:
 def _judge(config: cfg.EvalConfig, model: cfg.ModelConfig, prompts: list[Record], out: Path) -> Outcomes:
     """Generate and score one model's images below ``out``; both stages resume."""
     shared = config.model_dump(mode="json", exclude={"model", "against", "out", "note"})
-    claim(out / RECORDS, out / "generate.json", {"model": model.model_dump(mode="json"), **shared}, out / "media")
+    claim(out / RECORDS, out / "generate.json", {"model": model_identity(model), **shared}, out / "media")
     family = load_model(model)
     images = generate(
         family,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from diffalign import config as cfg
 from diffalign import records as store
 from diffalign.errors import UserError, nearest
-from diffalign.families.base import DiffusersFamily, load_family
+from diffalign.families.base import LORA_FILE, DiffusersFamily, load_family
 from diffalign.files import claim
 from diffalign.records import Candidate, Record
 from diffalign.samplers import SAMPLERS, guided
@@ -174,6 +175,13 @@ def load_model(model: cfg.ModelConfig) -> DiffusersFamily:
     return load_family(model.family, model.path, model.device, model.adapter)
 
 
+def model_identity(model: cfg.ModelConfig) -> dict[str, Any]:
+    """What decides the images of a model: its config, and the content of an adapter that training may replace."""
+    weights = Path(model.adapter or "", LORA_FILE)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if model.adapter and weights.is_file() else None
+    return {**model.model_dump(mode="json"), "adapter_sha256": digest}
+
+
 def model_name(model: cfg.ModelConfig) -> str:
     """What the origin of a sample says about its model."""
     return model.path if model.adapter is None else f"{model.path}+{model.adapter}"
@@ -183,7 +191,7 @@ def run(config: cfg.GenerateConfig, dry_run: bool = False) -> Path:
     """The verb: load, sample, write; returns the records file."""
     prompts = read_prompts(config.prompts, config.seed)
     out = Path(config.out)
-    identity = config.model_dump(mode="json", exclude={"out"})
+    identity = {**config.model_dump(mode="json", exclude={"out"}), "model": model_identity(config.model)}
     claim(out / RECORDS, out / "generate.json", identity, out / "media", write=not dry_run)
     if dry_run:
         print(f"would sample {len(prompts)} prompts x {config.candidates} candidates into {out}")

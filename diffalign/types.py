@@ -125,7 +125,9 @@ class Term:
     """draw + estimate + objective, with the paper's parameters of the objective."""
 
     draw: Callable[..., Draw | None]
+    """``(family, weights, batch, generator, *, params) -> Draw``."""
     estimate: Callable[..., LogProbs]
+    """``(family, weights, batch, draw, roles, autocast, *, params) -> LogProbs``."""
     objective: str
     weight: float = 1.0
     params: Mapping[str, Any] = field(default_factory=dict)

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import pkgutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,13 +30,13 @@ def family_names() -> list[str]:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device, else the CPU.
+    """``auto`` is this process's CUDA device (LOCAL_RANK, set by `accelerate launch`), else the CPU.
 
     Raises:
         UserError: a device this machine does not have.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -78,7 +78,7 @@ class Run:
     def __init__(self, folder: Path, device: torch.device, precision: str, seed: int, keep: int) -> None:
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={"bf16": "bf16"}.get(precision, "no"))
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")  # precision: see autocast
         self.folder = folder
         self.device = device
         self.precision = precision

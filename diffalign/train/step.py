@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,11 +43,11 @@ def _run_term(
     weights: Weights,
     batch: Batch,
     generator: torch.Generator,
-    context: Mapping[str, Any],
+    autocast: Callable[[], AbstractContextManager],
 ) -> tuple[TermLoss, LogProbs]:
     objective = find_objective(term.objective)
     draw = term.draw(family, weights, batch, generator)
-    lp = term.estimate(family, weights, batch, draw, objective.roles, **context)
+    lp = term.estimate(family, weights, batch, draw, objective.roles, autocast)
     loss = objective(lp, batch.labels, **term.params)
     return TermLoss((loss.weight * loss.value).sum(), loss.weight.sum().detach(), term.weight), lp
 
@@ -91,7 +92,7 @@ def loss_step(
     batch: Batch,
     generator: torch.Generator,
     *,
-    autocast: Callable[[], Any] | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> StepResult:
     """The loss of one batch under a method.
 
@@ -101,9 +102,8 @@ def loss_step(
         generator: all randomness of the step.
         autocast: makes the precision context that every role runs in.
     """
-    context: Mapping[str, Any] = {"autocast": autocast} if autocast else {}
-    main, lp = _run_term(method.main, family, weights, batch, generator, context)
-    extra = [_run_term(term, family, weights, batch, generator, context)[0] for term in method.extra]
+    main, lp = _run_term(method.main, family, weights, batch, generator, autocast)
+    extra = [_run_term(term, family, weights, batch, generator, autocast)[0] for term in method.extra]
     result = StepResult((main, *extra), {}, lp)
     beta = float(method.main.params.get("beta", 1.0))
     metrics = {"loss": result.loss.item(), **preference_metrics(lp, batch.labels, beta)}

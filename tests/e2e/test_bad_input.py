@@ -264,6 +264,15 @@ def test_a_run_directory_that_is_not_empty(refused, config, tmp_path):
     refused("train", config("train"), f"--resume={tmp_path}", names=["run.resume", tmp_path, "`latest`"])
 
 
+def test_images_of_an_older_adapter_are_not_taken_for_new_ones(cli, refused, config, tmp_path):
+    save_file(lora(), tmp_path / LORA_FILE)
+    words = ("generate", config("generate"), f"model.adapter={tmp_path}")
+    assert cli(*words).code == 0
+    assert cli(*words).code == 0
+    save_file(lora(fill=0.5), tmp_path / LORA_FILE)
+    refused(*words, names=[tmp_path / "pool/records.jsonl", "different model", "generate.json"])
+
+
 def test_a_failed_start_does_not_claim_the_output(cli, refused, config, tmp_path, own_pairs):
     refused("generate", config("generate"), f"model.adapter={tmp_path}", names=["model.adapter"])
     assert cli("generate", config("generate")).code == 0

@@ -68,8 +68,8 @@ def test_killed_training_ends_bit_identical(cli, config, warm, tmp_path, changes
     assert metrics(whole)[-1]["gap"] > 0, "the weights must move, or this test shows nothing"
 
     moments = random.Random(7)
-    for step in sorted(moments.sample(range(1, STEPS - 4), kills)):
-        delay = moments.uniform(0, 0.05)
+    for step in sorted(moments.sample(range(1, STEPS - 8), kills)):
+        delay = moments.uniform(0, 0.03)
         warm.kill(lambda step=step: len(lines(run / "metrics.jsonl")) >= step, delay, "train", path, "--resume=latest")
         assert not (run / final).exists()
     assert cli("train", path, "--resume", "latest").code == 0
@@ -159,7 +159,7 @@ def test_killed_generation_redoes_nothing_and_loses_nothing(cli, config, warm, t
 
     media = pool / "media"
     moments = random.Random(3)
-    for images in sorted(moments.sample(range(1, 22), 2)):
+    for images in sorted(moments.sample(range(1, 19), 2)):
         before = stamps(media)
         delay = moments.uniform(0, 0.02)
         warm.kill(lambda images=images: len(list(media.glob("[!.]*"))) >= images, delay, "generate", path)
@@ -191,7 +191,7 @@ def test_killed_scoring_redoes_nothing_and_loses_nothing(cli, config, warm, own_
     assert cli("score", path, f"out={whole}").code == 0
 
     moments = random.Random(5)
-    for count in sorted(moments.sample(range(1, 60), 2)):
+    for count in sorted(moments.sample(range(1, 40), 2)):
         held = out.read_bytes() if out.is_file() else b""
         warm.kill(lambda count=count: len(lines(out)) >= count, moments.uniform(0, 0.01), "score", path)
         assert out.read_bytes().startswith(held)

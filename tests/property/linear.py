@@ -20,7 +20,7 @@ from diffalign.types import Batch, LogProbs, Method, Term
 WIDTH = 5
 
 
-def _estimate(family, weights, batch: Batch, draw, roles, *, power: float, masked: bool) -> LogProbs:
+def _estimate(family, weights, batch: Batch, draw, roles, autocast, *, power: float, masked: bool) -> LogProbs:
     """Log-probs from a linear layer; a masked term does not count records whose ``skip`` is set."""
     value = family(batch.x0)
     policy = -value.abs().pow(power)
@@ -90,6 +90,7 @@ def main(out: Path) -> None:
     run = Run(out.parent, torch.device("cpu"), "fp32", 0, 1)
     result = train(run.rank, run.world, run.sum_over_ranks)
     result["run"] = [run.rank, run.world, run.is_main, run.generator(0, 0).initial_seed()]
+    result["sum"] = run.sum_over_ranks(torch.tensor([1.0 + run.rank, 10.0])).tolist()
     out.write_text(json.dumps(result), encoding="utf-8")
     run.accelerator.end_training()
     if torch.distributed.is_initialized():

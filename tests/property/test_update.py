@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_a_step_is_the_gradient_of_the_weighted_means():
     total = torch.zeros((), dtype=torch.float64)
     weights = []
     for term in linear.METHOD.terms:
-        lp = term.estimate(net, net, batch, None, ("reference",))
+        lp = term.estimate(net, net, batch, None, ("reference",), nullcontext)
         loss = find_objective(term.objective)(lp, batch.labels, **term.params)
         total = total + term.weight * loss.reduce()
         weights.append(float(loss.weight.sum()))
@@ -160,6 +161,7 @@ def test_two_ranks_train_like_one(tmp_path):
     assert first["run"][:3] == [0, 2, True]
     assert second["run"][:3] == [1, 2, False]
     assert first["run"][3] != second["run"][3]  # each rank draws its own noise
+    assert first["sum"] == second["sum"] == [3.0, 20.0]
     assert first["parameters"] == second["parameters"]
     assert first["metrics"] == second["metrics"]
     for found, wanted in zip(first["parameters"], one["parameters"], strict=True):

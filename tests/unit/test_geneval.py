@@ -97,17 +97,15 @@ def test_a_diagonal_is_two_relations_and_sixty_degrees_is_the_limit():
         found = relations(at("a", 1e4 * dx, 1e4 * dy, size=1), at("b", 0, 0, size=1))
         assert ("right of" in found) == holds
         assert "below" in found
-    exact = relations(at("a", 50, 50 * math.sqrt(3), size=0), at("b", 0, 0, size=0))
-    assert "below" in exact
 
 
-def test_the_cosine_bound_is_strict():
-    """An offset of (3, 4, hypot 5) without sizes has cosines .6 and .8; scaled to .5 exactly, it does not hold."""
-    a, b = Found("a", 1.0, (1.0, 0.0, 1.0, 0.0)), Found("b", 1.0, (0.0, 0.0, 0.0, 0.0))
-    assert relations(a, b) == {"right of"}
-    # offset 10, sizes 25 + 25: shrunk by 5, so the cosine is exactly .5
-    assert relations(at("a", 10, 0, size=25), at("b", 0, 0, size=25)) == set()
-    assert relations(at("a", 10.1, 0, size=25), at("b", 0, 0, size=25)) == {"right of"}
+@pytest.mark.parametrize("relation", SIDES)
+def test_the_cosine_bound_is_strict(relation):
+    """Offset 10, sizes 25 + 25: shrunk by 5, so that the cosine is exactly .5."""
+    dx, dy = (side / 100 for side in SIDES[relation])
+    target = at("b", 0, 0, size=25)
+    assert relations(at("a", 10 * dx, 10 * dy, size=25), target) == set()
+    assert relations(at("a", 10.1 * dx, 10.1 * dy, size=25), target) == {relation}
 
 
 def test_each_axis_shrinks_by_a_tenth_of_both_sizes_and_the_norm_does_not():
