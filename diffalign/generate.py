@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffalign import config as cfg
@@ -178,8 +179,21 @@ def load_model(model: cfg.ModelConfig) -> DiffusersFamily:
 def model_identity(model: cfg.ModelConfig) -> dict[str, Any]:
     """What decides the images of a model: its config, and the content of an adapter that training may replace."""
     weights = Path(model.adapter or "", LORA_FILE)
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if model.adapter and weights.is_file() else None
+    digest = _content_digest(weights) if model.adapter and weights.is_file() else None
     return {**model.model_dump(mode="json"), "adapter_sha256": digest}
+
+
+def _content_digest(path: Path) -> str:
+    """Of the tensors and metadata of a safetensors file; its bytes differ from one writing to the next."""
+    digest = hashlib.sha256()
+    try:
+        with safe_open(path, framework="pt") as file:
+            digest.update(repr(sorted((file.metadata() or {}).items())).encode())
+            for name in sorted(file.keys()):
+                digest.update(name.encode() + file.get_tensor(name).reshape(-1).view(torch.uint8).numpy().tobytes())
+    except SafetensorError as error:
+        raise UserError(f"model.adapter: {path} is not a readable safetensors file: {error}") from None
+    return digest.hexdigest()
 
 
 def model_name(model: cfg.ModelConfig) -> str:
