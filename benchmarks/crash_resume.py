@@ -1,6 +1,6 @@
 """Kill -9 a training run at random moments, resume it, and compare the result with an undisturbed run, bit for bit.
 
-    python benchmarks/crash_resume.py             # 20 kills of a 60-step run: about 20 minutes on one CPU core
+    python benchmarks/crash_resume.py             # 20 kills of a 60-step run: about ten minutes on one CPU core
 
 Every trial is a new run in its own folder and process: it starts, is killed at a moment drawn uniformly from the
 duration of the undisturbed run, and is continued with ``--resume latest``. The embedded model and the quickstart's
@@ -148,7 +148,7 @@ def trial(config: Path, folder: Path, whole: Path, seconds: float, total: int) -
     return Trial(seconds, doing, steps, checkpoints, same(folder, whole))
 
 
-def report(trials: list[Trial], duration: float, start: float, args: argparse.Namespace) -> str:
+def report(trials: list[Trial], late: int, duration: float, start: float, args: argparse.Namespace) -> str:
     """The section of RESULTS.md."""
     given = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in vars(args).items() if key != "work")
     threads = torch.get_num_threads()
@@ -167,8 +167,9 @@ def report(trials: list[Trial], duration: float, start: float, args: argparse.Na
         "LoRA, trained weights, their average, the optimiser's moments, and all metrics of all "
         f"{args.steps} steps.",
         f"Each run was killed with SIGKILL at a moment drawn uniformly from the {duration:.1f} s that the undisturbed "
-        f"run took, {start:.1f} s of them before its first step was logged: {phases}. Two checkpoints are kept at a "
-        "time; a run killed before its first one starts again.",
+        f"run took, {start:.1f} s of them before its first step was logged: {phases}. {late} further draws came after "
+        "the end of their run and were drawn again. Two checkpoints are kept at a time; a run killed before its first "
+        "one starts again.",
         "\n".join(lines),
     ]
     return "\n\n".join(parts)
@@ -192,17 +193,18 @@ def main() -> None:
         rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
         start = duration - (json.loads((whole / "run.json").read_text())["seconds"] - rows[0]["seconds"])
         print(f"undisturbed: {duration:.1f} s, first step after {start:.1f} s", flush=True)
-        moments, trials = random.Random(args.seed), []
+        moments, trials, late = random.Random(args.seed), [], 0
         while len(trials) < args.kills:
             folder = work / f"trial-{len(trials):02d}"
             result = trial(config, folder, whole, moments.uniform(0, duration), args.steps)
             if result is None:
                 print("the run had ended before the kill; another moment", flush=True)
+                late += 1
                 shutil.rmtree(folder)
                 continue
             trials.append(result)
             print(len(trials), *result, flush=True)
-        write_section(TITLE, report(trials, duration, start, args))
+        write_section(TITLE, report(trials, late, duration, start, args))
         if not all(t.identical for t in trials):
             sys.exit("a resumed run differs from the undisturbed one")
 
