@@ -330,10 +330,12 @@ def train_transformer(out: Path, recipe: Recipe, checkpoint_every: int = 500, ev
 def pipeline(out: Path, model: Model, dtype: torch.dtype = torch.float32) -> Any:
     """The stock SD3 pipeline over a trained model and the VAE of ``out``."""
     diffusers = _diffusers()
+    vae = diffusers.AutoencoderKL.from_pretrained(out / "vae").to(dtype)
+    vae.register_to_config(_name_or_path="")  # or the shipped config would name this machine's folder
     return diffusers.StableDiffusion3Pipeline(
         transformer=model.transformer.to(dtype),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=diffusers.AutoencoderKL.from_pretrained(out / "vae").to(dtype),
+        vae=vae,
         text_encoder=model.text_encoder.to(dtype),
         tokenizer=model.tokenizer,
         text_encoder_2=model.text_encoder_2.to(dtype),
