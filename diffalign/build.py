@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from diffalign import records
 from diffalign.config import BuildConfig
 from diffalign.errors import UserError
-from diffalign.files import siblings
+from diffalign.files import require_complete, siblings
 from diffalign.records import Candidate, Record
 
 Reward = float | list[float]
@@ -196,6 +196,7 @@ def _build(config: BuildConfig, source: Path, counts: Counter[str]) -> Iterator[
         counts.update({"in": 1, "out": len(choice.groups), "ties": choice.ties})
         for group in choice.groups:
             yield training_record(record, rewards, group, config.rule)
+    require_complete(source, counts["in"])
     if not counts["out"]:
         raise UserError(
             f"{source}: all ties: no record has rewards more than {config.margin} apart; nothing to train on"

@@ -120,7 +120,7 @@ def _print(results: Results) -> None:
 def _judge(config: cfg.EvalConfig, model: cfg.ModelConfig, prompts: list[Record], out: Path) -> Outcomes:
     """Generate and score one model's images below ``out``; both stages resume."""
     shared = config.model_dump(mode="json", exclude={"model", "against", "out", "note"})
-    claim(out / RECORDS, out / "generate.json", {"model": model_identity(model), **shared}, out / "media")
+    claim(out / RECORDS, {"model": model_identity(model), **shared, "count": len(prompts)}, out / "media")
     family = load_model(model)
     images = generate(
         family,

@@ -111,16 +111,22 @@ def write_json(path: Path, value: Any) -> None:
         handle.write(json.dumps(value, indent=2, ensure_ascii=False).encode())
 
 
-def claim(output: Path, sidecar: Path, identity: dict[str, Any], *parts: Path, write: bool = True) -> None:
-    """Tie a resumable output to what decides its content: new outputs note it in ``sidecar``, old ones must match.
+def sidecar_of(output: Path) -> Path:
+    """The file beside a stage's output that says what it was made from and how many records it owes."""
+    return output.with_name(f"{output.name}.meta.json")
+
+
+def claim(output: Path, identity: dict[str, Any], *parts: Path, write: bool = True) -> None:
+    """Tie a resumable output to what decides its content: new outputs note it in their sidecar, old ones must match.
 
     Args:
+        identity: with ``count``, the number of records of the finished output, for :func:`require_complete`.
         parts: what belongs to the output beside it, such as its media folder.
 
     Raises:
         UserError: the output was made from something else, or by something else.
     """
-    advice = "choose another `out` or delete it"
+    sidecar, advice = sidecar_of(output), "choose another `out` or delete it"
     made = next((path for path in (output, *parts) if _holds_something(path)), None)
     if made is None:
         if write:
@@ -136,6 +142,24 @@ def claim(output: Path, sidecar: Path, identity: dict[str, Any], *parts: Path, w
     changed = [key for key in identity if key not in same or known[key] != identity[key]]
     if changed:
         raise UserError(f"{output}: was made with different {', '.join(changed)} (see {sidecar.name}); {advice}")
+
+
+def require_complete(source: Path, found: int) -> None:
+    """Refuse the output of a stage that was stopped before its last record; files without a sidecar are foreign.
+
+    Raises:
+        UserError: how much is there, and to run the stage again.
+    """
+    sidecar = sidecar_of(source)
+    if not sidecar.is_file():
+        return
+    try:
+        count = json.loads(sidecar.read_bytes())["count"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{sidecar}: not readable; delete it if {source.name} is complete") from None
+    if found != count:
+        way = f"run the stage that writes it again, or delete {sidecar.name} if that is intended"
+        raise UserError(f"{source}: holds {found} of {count} records; {way}")
 
 
 def _holds_something(path: Path) -> bool:

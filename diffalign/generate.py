@@ -206,7 +206,7 @@ def run(config: cfg.GenerateConfig, dry_run: bool = False) -> Path:
     prompts = read_prompts(config.prompts, config.seed)
     out = Path(config.out)
     identity = {**config.model_dump(mode="json", exclude={"out"}), "model": model_identity(config.model)}
-    claim(out / RECORDS, out / "generate.json", identity, out / "media", write=not dry_run)
+    claim(out / RECORDS, {**identity, "count": len(prompts)}, out / "media", write=not dry_run)
     if dry_run:
         print(f"would sample {len(prompts)} prompts x {config.candidates} candidates into {out}")
         return out / RECORDS

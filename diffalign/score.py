@@ -12,7 +12,7 @@ from rich.progress import Progress
 from diffalign import records
 from diffalign.config import ScoreConfig, ScorerConfig
 from diffalign.errors import UserError
-from diffalign.files import claim, siblings
+from diffalign.files import claim, require_complete, siblings
 from diffalign.records import Record
 from diffalign.scoring import Scorer, check_unscored, load_scorer, score_records
 
@@ -34,8 +34,8 @@ def run(config: ScoreConfig, dry_run: bool = False) -> Path:
     for record in records.read(source):
         check_unscored(record, specs)
         ids.add(record.id)
-    sidecar = out.with_name(f"{out.name}.meta.json")
-    claim(out, sidecar, _identity(source, specs), write=not dry_run)
+    require_complete(source, len(ids))
+    claim(out, {**_identity(source, specs), "count": len(ids)}, write=not dry_run)
     if dry_run:
         first = next(score_records(records.read(source), source.parent, _load(specs), config.batch))
         labels = [dict(candidate.labels) for candidate in first.candidates]

@@ -135,7 +135,7 @@ def check_start(result: StepResult, objective: Objective) -> None:
 
 
 def check_health(step: int, metrics: dict[str, float], run: Run) -> None:
-    """Stop at a non-finite loss, or when the first step moves nothing; ``step`` counts from 1.
+    """Stop at a non-finite loss, or when the first two steps move nothing; ``step`` counts from 1.
 
     Raises:
         UserError: with the last good checkpoint, which is never removed here.
@@ -146,8 +146,10 @@ def check_health(step: int, metrics: dict[str, float], run: Run) -> None:
         way = f"resume from the last good checkpoint: --resume {good[-1]}" if good else "start again in a new run.dir"
         values = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
         raise UserError(f"step {step}: {values}; lower optim.lr and {way}")
-    if step == 1 and metrics["grad_live"] == 0.0:
-        raise UserError("step 1: no trainable parameter received a gradient; check model.lora.targets and the rewards")
+    if step <= 2 and metrics["grad_live"] == 0.0:
+        raise UserError(
+            f"step {step}: no trainable parameter received a gradient; check model.lora.targets and the rewards"
+        )
 
 
 def _micro_batches(job: Job, step: int) -> Iterator[tuple[Batch, torch.Generator]]:

@@ -270,7 +270,7 @@ def test_images_of_an_older_adapter_are_not_taken_for_new_ones(cli, refused, con
     assert cli(*words).code == 0
     assert cli(*words).code == 0
     save_file(lora(fill=0.5), tmp_path / LORA_FILE)
-    refused(*words, names=[tmp_path / "pool/records.jsonl", "different model", "generate.json"])
+    refused(*words, names=[tmp_path / "pool/records.jsonl", "different model", "records.jsonl.meta.json"])
 
 
 def test_a_failed_start_does_not_claim_the_output(cli, refused, config, tmp_path, own_pairs):
@@ -286,7 +286,7 @@ def test_a_failed_start_does_not_claim_the_output(cli, refused, config, tmp_path
 def test_outputs_that_belong_to_something_else(cli, refused, config, tmp_path, own_pairs):
     (tmp_path / "pool/media").mkdir(parents=True)
     (tmp_path / "pool/media/000000-0.png").write_bytes(b"from another run")
-    refused("generate", config("generate"), names=[tmp_path / "pool/media", "generate.json", "delete it"])
+    refused("generate", config("generate"), names=[tmp_path / "pool/media", "records.jsonl.meta.json", "delete it"])
     shutil.rmtree(tmp_path / "pool")
     assert cli("generate", config("generate")).code == 0
     refused("generate", config("generate"), "seed=1", names=[tmp_path / "pool/records.jsonl", "different seed"])

@@ -84,3 +84,20 @@ def test_another_job_does_not_enter_the_folder(finished, capsys):
     _, words = finished
     assert main([*words, "seed=1"]) == 2
     assert "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("verb", "source"), [("score", "records.jsonl"), ("build", "scored.jsonl")])
+def test_the_next_stage_refuses_an_unfinished_one(finished, tmp_path, capsys, verb, source):
+    import shutil
+
+    from diffalign.cli import main
+
+    pool = finished[0] / "pool"
+    lines = (pool / source).read_bytes().splitlines(keepends=True)
+    (tmp_path / source).write_bytes(b"".join(lines[:-1]))
+    shutil.copy(pool / f"{source}.meta.json", tmp_path)
+    shutil.copytree(pool / "media", tmp_path / "media")
+    words = [f"shapes/{verb}", f"records={tmp_path / source}", f"out={tmp_path / 'out.jsonl'}"]
+    assert main([verb, *words]) == 2
+    assert f"holds {len(lines) - 1} of {len(lines)} records" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()

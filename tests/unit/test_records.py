@@ -354,3 +354,15 @@ def test_replacing_makes_folders_and_cleans_up(tmp_path):
     with pytest.raises(UserError, match="stop"), files.replacing(tmp_path / "a" / "b.jsonl"):
         raise UserError("stop")
     assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_an_unfinished_output_is_refused(tmp_path):
+    out = tmp_path / "out.jsonl"
+    files.require_complete(out, 3)  # without a sidecar it is not the output of a stage
+    files.claim(out, {"seed": 0, "count": 4})
+    files.require_complete(out, 4)
+    with pytest.raises(UserError, match=r"out\.jsonl: holds 3 of 4 records; run the stage"):
+        files.require_complete(out, 3)
+    files.sidecar_of(out).write_text("{}")
+    with pytest.raises(UserError, match=r"out\.jsonl\.meta\.json: not readable"):
+        files.require_complete(out, 4)
