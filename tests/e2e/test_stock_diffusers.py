@@ -19,7 +19,7 @@ REQUESTS = [Request(m["prompt"], candidate_seed(0, str(i), 0)) for i, m in enume
 def stock():
     pipe = StableDiffusion3Pipeline.from_pretrained(EMBEDDED["shapes"], text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(torch.float32)
+    return pipe
 
 
 def stock_images(pipe, steps, guidance):

@@ -328,7 +328,11 @@ def train_transformer(out: Path, recipe: Recipe, checkpoint_every: int = 500, ev
 
 
 def pipeline(out: Path, model: Model, dtype: torch.dtype = torch.float32) -> Any:
-    """The stock SD3 pipeline over a trained model and the VAE of ``out``."""
+    """The stock SD3 pipeline over a trained model and the VAE of ``out``.
+
+    The text encoders are rounded to ``dtype`` but stay float32: transformers loads what a file holds, diffusers loads
+    float32, and the two have to agree when nobody names a type.
+    """
     diffusers = _diffusers()
     vae = diffusers.AutoencoderKL.from_pretrained(out / "vae").to(dtype)
     vae.register_to_config(_name_or_path="")  # or the shipped config would name this machine's folder
@@ -336,9 +340,9 @@ def pipeline(out: Path, model: Model, dtype: torch.dtype = torch.float32) -> Any
         transformer=model.transformer.to(dtype),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=vae,
-        text_encoder=model.text_encoder.to(dtype),
+        text_encoder=model.text_encoder.to(dtype).float(),
         tokenizer=model.tokenizer,
-        text_encoder_2=model.text_encoder_2.to(dtype),
+        text_encoder_2=model.text_encoder_2.to(dtype).float(),
         tokenizer_2=model.tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,
