@@ -15,16 +15,8 @@ from diffalign import config as cfg
 from diffalign import records as store
 from diffalign import score
 from diffalign.errors import UserError
-from diffalign.files import claim, write_json
-from diffalign.generate import (
-    RECORDS,
-    generate,
-    load_model,
-    make_sampling,
-    model_identity,
-    model_name,
-    read_prompts,
-)
+from diffalign.files import write_json
+from diffalign.generate import claim_images, generate_with, read_prompts
 from diffalign.records import Record
 from diffalign.results import Measured, Results, table
 
@@ -119,20 +111,8 @@ def _print(results: Results) -> None:
 
 def _judge(config: cfg.EvalConfig, model: cfg.ModelConfig, prompts: list[Record], out: Path) -> Outcomes:
     """Generate and score one model's images below ``out``; both stages resume."""
-    shared = config.model_dump(mode="json", exclude={"model", "against", "out", "note"})
-    claim(out / RECORDS, {"model": model_identity(model), **shared, "count": len(prompts)}, out / "media")
-    family = load_model(model)
-    images = generate(
-        family,
-        prompts,
-        out,
-        candidates=config.candidates,
-        sampling=make_sampling(config.sampling),
-        batch=config.sampling.batch,
-        seed=config.seed,
-        model=model_name(model),
-        title=f"sample {out.name}",
-    )
+    claim_images(out, model, prompts, config.model_dump(mode="json", exclude={"model", "against", "out", "note"}))
+    images = generate_with(config, model, prompts, out, title=f"sample {out.name}")
     scored = score.run(cfg.ScoreConfig(records=str(images), out=str(out / SCORED), scorers=[config.judge]))
     return outcomes(scored, config.judge.label or config.judge.name)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from diffalign import config as cfg
 from diffalign import records as store
 from diffalign.errors import UserError, nearest
-from diffalign.families.base import LORA_FILE, DiffusersFamily, load_family
+from diffalign.families.base import LORA_FILE, DiffusersFamily, load_family, tensor_digest
 from diffalign.files import claim
 from diffalign.records import Candidate, Record
 from diffalign.samplers import SAMPLERS, guided
@@ -185,15 +185,12 @@ def model_identity(model: cfg.ModelConfig) -> dict[str, Any]:
 
 def _content_digest(path: Path) -> str:
     """Of the tensors and metadata of a safetensors file; its bytes differ from one writing to the next."""
-    digest = hashlib.sha256()
     try:
         with safe_open(path, framework="pt") as file:
-            digest.update(repr(sorted((file.metadata() or {}).items())).encode())
-            for name in sorted(file.keys()):
-                digest.update(name.encode() + file.get_tensor(name).reshape(-1).view(torch.uint8).numpy().tobytes())
+            metadata = repr(sorted((file.metadata() or {}).items()))
+            return tensor_digest(((name, file.get_tensor(name)) for name in sorted(file.keys())), metadata)
     except SafetensorError as error:
         raise UserError(f"model.adapter: {path} is not a readable safetensors file: {error}") from None
-    return digest.hexdigest()
 
 
 def model_name(model: cfg.ModelConfig) -> str:
@@ -201,19 +198,43 @@ def model_name(model: cfg.ModelConfig) -> str:
     return model.path if model.adapter is None else f"{model.path}+{model.adapter}"
 
 
+def claim_images(
+    out: Path, model: cfg.ModelConfig, prompts: Sequence[Record], settings: Mapping[str, Any], *, write: bool = True
+) -> None:
+    """Tie a folder of images to the model and the settings that decide them; see :func:`diffalign.files.claim`."""
+    identity = {**settings, "model": model_identity(model), "count": len(prompts)}
+    claim(out / RECORDS, identity, out / "media", write=write)
+
+
+def generate_with(
+    config: cfg.GenerateConfig | cfg.EvalConfig,
+    model: cfg.ModelConfig,
+    prompts: Sequence[Record],
+    out: Path,
+    title: str = "generate",
+) -> Path:
+    """Load a model and :func:`generate` with the candidates, sampling and seed of a config; the records file."""
+    return generate(
+        load_model(model),
+        prompts,
+        out,
+        candidates=config.candidates,
+        sampling=make_sampling(config.sampling),
+        batch=config.sampling.batch,
+        seed=config.seed,
+        model=model_name(model),
+        title=title,
+    )
+
+
 def run(config: cfg.GenerateConfig, dry_run: bool = False) -> Path:
     """The verb: load, sample, write; returns the records file."""
     prompts = read_prompts(config.prompts, config.seed)
     out = Path(config.out)
-    identity = {**config.model_dump(mode="json", exclude={"out"}), "model": model_identity(config.model)}
-    claim(out / RECORDS, {**identity, "count": len(prompts)}, out / "media", write=not dry_run)
+    claim_images(out, config.model, prompts, config.model_dump(mode="json", exclude={"out"}), write=not dry_run)
     if dry_run:
         print(f"would sample {len(prompts)} prompts x {config.candidates} candidates into {out}")
         return out / RECORDS
-    family = load_model(config.model)
-    path = generate(
-        family, prompts, out, candidates=config.candidates, sampling=make_sampling(config.sampling),
-        batch=config.sampling.batch, seed=config.seed, model=model_name(config.model),
-    )  # fmt: skip
+    path = generate_with(config, config.model, prompts, out)
     print(f"{len(prompts)} prompts x {config.candidates} candidates in {path}")
     return path

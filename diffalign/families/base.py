@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -130,6 +130,15 @@ def _is_known(library: Any) -> bool:
     return is_name and importlib.util.find_spec(f"diffusers.pipelines.{library}") is not None
 
 
+def tensor_digest(named: Iterable[tuple[str, Tensor]], note: str = "") -> str:
+    """SHA-256 of a note and of tensors with their names, in the order given."""
+    digest = hashlib.sha256(note.encode())
+    for name, value in named:
+        digest.update(name.encode())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 class DiffusersFamily:
     """A diffusers pipeline taken apart: frozen encoders and VAE, one trainable ``net``, one schedule.
 
@@ -221,13 +230,9 @@ class DiffusersFamily:
         return self._fingerprint
 
     def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for name, part in sorted(self.pipe.components.items()):
-            if isinstance(part, nn.Module) and part is not self.net:
-                for key, value in sorted(part.state_dict().items()):
-                    digest.update(f"{name}.{key}".encode())
-                    digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        parts = {n: p for n, p in self.pipe.components.items() if isinstance(p, nn.Module) and p is not self.net}
+        frozen = ((f"{n}.{key}", value) for n in sorted(parts) for key, value in sorted(parts[n].state_dict().items()))
+        return tensor_digest(frozen)[:16]
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
