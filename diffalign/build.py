@@ -127,6 +127,18 @@ def ranked(rewards: Sequence[Reward], margin: float, top: int | None = None) -> 
     return Choice([tuple(order)], ties=0)
 
 
+def curriculum(rewards: Sequence[Reward], stages: int) -> list[tuple[int, int] | None]:
+    """A record's pair at each stage: the best candidate against the others, easy (widest gap) first (Curry-DPO).
+
+    Candidates that tie with the best make no pair; stages beyond the pairs there are get None. Equal gaps keep their
+    order. Each stage starts from, and refers to, the model of the one before (arXiv:2403.07230).
+    """
+    levels = [_level(reward) for reward in rewards]
+    best = levels.index(max(levels))
+    others = sorted((i for i, level in enumerate(levels) if level < levels[best]), key=levels.__getitem__)[:stages]
+    return [*((best, other) for other in others), *[None] * (stages - len(others))]
+
+
 def choose(rewards: Sequence[Reward], rule: Rule, margin: float, per_prompt: int | None, top: int | None) -> Choice:
     """Apply the rule of that name."""
     if rule == "best_worst":

@@ -27,8 +27,10 @@ from diffalign.configfile import Strict, load
 from diffalign.errors import UserError, nearest
 
 DEFAULT_CONFIG = {"quickstart": "quickstart"}
+TEXT_CONFIG = {"quickstart": "text/quickstart"}
+"""What ``--text`` runs instead: the same verb on the embedded language model."""
 OVERRIDE = re.compile(r"[\w.-]+=")
-LISTS = ("methods", "objectives", "families", "scorers")
+LISTS = ("methods", "objectives", "shapings", "families", "scorers")
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space on the device, over the quota, over a limit on the size of a file."""
@@ -130,6 +132,9 @@ def _as_overrides(words: Sequence[str], verb: str) -> list[str]:
     queue = deque(words)
     while queue:
         word = queue.popleft()
+        if word == "--text" and verb in TEXT_CONFIG:
+            out.insert(0, TEXT_CONFIG[verb])
+            continue
         if not word.startswith("--") or word in ("--", "--dry-run"):
             out.append(word)
             continue
@@ -187,8 +192,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     )
     if model is not None:
         config = "[config.yaml]" if verb in DEFAULT_CONFIG else "config.yaml"
-        resume = "[--resume [latest|PATH]]" if verb == "train" else ""
-        parser.usage = f"diffalign {verb} {config} [key.path=value ...] [--dry-run] {resume}"
+        more = {"train": "[--resume [latest|PATH]]", "quickstart": "[--text]"}.get(verb, "")
+        parser.usage = f"diffalign {verb} {config} [key.path=value ...] [--dry-run] {more}"
         parser.epilog = f"config keys:\n{_table(model)}"
         parser.add_argument("words", nargs="*", metavar="config.yaml, key.path=value", help="a config, changes to it")
         parser.add_argument("--dry-run", action="store_true", help="check everything and say what would be done")

@@ -26,9 +26,14 @@ class ModelConfig(Strict):
     """Which network, from where, in which form."""
 
     family: str = Field(description="a family name, see `diffalign list families`")
-    path: str = Field(description="a diffusers folder, a Hub id, or `embedded:shapes`")
+    path: str = Field(
+        description="a diffusers or transformers folder, a Hub id, `embedded:shapes` or `embedded:puzzles`"
+    )
     adapter: str | None = Field(default=None, description="LoRA folder to load on top (generation and evaluation)")
     lora: LoraConfig | None = Field(default=None, description="train a LoRA; without it the full network trains")
+    others: dict[str, str] = Field(
+        default_factory=dict, description="training: role -> folder of a frozen model, or of an adapter of this one"
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 ...")
 
 
@@ -42,21 +47,31 @@ class SamplingConfig(Strict):
     batch: int = Field(default=64, gt=0, description="images per forward")
 
 
+class DecodingConfig(Strict):
+    """How text is sampled."""
+
+    temperature: float = Field(default=1.0, ge=0, description="0 = greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus: the smallest set of tokens of this mass")
+    max_tokens: int = Field(default=256, gt=0, description="longest completion")
+    batch: int = Field(default=64, gt=0, description="completions per forward")
+
+
 class PromptsConfig(Strict):
     """Where prompts come from."""
 
-    source: str = Field(description="`shapes:train`, `shapes:heldout`, a .txt (a prompt per line) or a .jsonl file")
+    source: str = Field(description="`shapes:train`, `puzzles:heldout`, a .txt (a prompt per line) or a .jsonl file")
     per_task: int | None = Field(default=None, gt=0, description="so many prompts of every task, cycling if needed")
     limit: int | None = Field(default=None, gt=0, description="at most this many prompts")
 
 
 class GenerateConfig(Strict):
-    """`diffalign generate`: prompts x seeds -> records.jsonl + media/."""
+    """`diffalign generate`: prompts x seeds -> records; images follow ``sampling``, texts ``decoding``."""
 
     model: ModelConfig
     prompts: PromptsConfig
     candidates: int = Field(default=4, gt=0, description="samples per prompt")
     sampling: SamplingConfig = SamplingConfig()
+    decoding: DecodingConfig = DecodingConfig()
     seed: int = 0
     out: str = Field(description="folder for records.jsonl and media/")
 
@@ -97,6 +112,7 @@ class DataConfig(Strict):
     records: str
     size: tuple[int, int] | None = Field(default=None, description="height, width in pixels; default: the model's own")
     cache: str | None = Field(default=None, description="latent and prompt cache; default: beside the records")
+    max_tokens: int | None = Field(default=None, gt=1, description="text: longest sequence; default: the model's own")
 
 
 class MethodConfig(Strict):
@@ -106,6 +122,12 @@ class MethodConfig(Strict):
     draw: dict[str, Json] = Field(default_factory=dict)
     estimate: dict[str, Json] = Field(default_factory=dict)
     objective: dict[str, Json] = Field(default_factory=dict, description="`name` swaps the objective")
+    shaping: list[dict[str, Json]] | None = Field(
+        default=None, description="transformations of the log-probs before the objective: `name` and parameters"
+    )
+    extra: list[dict[str, Json]] = Field(
+        default_factory=list, description="objectives added on the same log-probs: `name`, `weight` and parameters"
+    )
 
 
 class OptimConfig(Strict):
@@ -153,8 +175,9 @@ class EvalConfig(Strict):
     against: ModelConfig | None = Field(default=None, description="baseline on the same prompts and seeds")
     prompts: PromptsConfig
     judge: ScorerConfig
-    candidates: int = Field(default=1, gt=0, description="images per prompt")
+    candidates: int = Field(default=1, gt=0, description="samples per prompt")
     sampling: SamplingConfig = SamplingConfig()
+    decoding: DecodingConfig = DecodingConfig()
     seed: int = 10_000
     note: str = Field(default="", description="what to say about prompts and judge in the results")
     out: str = Field(description="folder for results.json and the image records")
@@ -177,6 +200,7 @@ class QuickstartConfig(Strict):
         prompts: PromptsConfig
         candidates: int = Field(default=1, gt=0)
         sampling: SamplingConfig = SamplingConfig()
+        decoding: DecodingConfig = DecodingConfig()
         seed: int = 0
 
     class Evaluation(Stage):
@@ -226,7 +250,7 @@ VERBS: dict[str, tuple[type[Strict] | None, str, str]] = {
     "train": (TrainConfig, "diffalign.train.offline:run", "records -> aligned weights"),
     "eval": (EvalConfig, "diffalign.evaluate:run", "GenEval-style table, paired with a baseline"),
     "report": (ReportConfig, "diffalign.report:run", "run folders -> one HTML page"),
-    "list": (None, "diffalign.doctor:list_command", "methods, objectives, families, scorers"),
+    "list": (None, "diffalign.doctor:list_command", "methods, objectives, shapings, families, scorers"),
     "doctor": (None, "diffalign.doctor:run", "versions, devices, disk, config and data"),
 }
 """verb -> (config model, "module:function", one line of help). A test pins the set."""

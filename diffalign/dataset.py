@@ -23,11 +23,13 @@ from torch import Tensor
 from diffalign import records as store
 from diffalign.errors import UserError
 from diffalign.files import replacing
+from diffalign.methods import needs
 from diffalign.records import Record
-from diffalign.registry import Objective
-from diffalign.types import Batch, Condition
+from diffalign.types import Batch, Condition, Method
 
 SHARD = 512  # records per cache file
+DERIVED = ("ids",)
+"""Labels that come from the samples themselves: ``ids`` (B, K, U), the id of every predicted token."""
 
 
 class Encoder(Protocol):
@@ -43,22 +45,25 @@ class Encoder(Protocol):
     def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor | None) -> Tensor: ...
 
 
-def check_records(records: Sequence[Record], objective: Objective, where: str) -> None:
-    """Refuse data an objective cannot learn from, before any network runs.
+def check_records(records: Sequence[Record], method: Method, where: str) -> None:
+    """Refuse data a method cannot learn from, before any network runs.
 
     Raises:
         UserError: names the first record with too few or too many candidates, or a missing or odd label.
     """
     if not records:
         raise UserError(f"{where}: no records")
+    size, _, labels, *_ = needs(*method.terms)
+    labels = tuple(label for label in labels if label not in DERIVED)
+    name = method.main.objective
     for record in records:
         k = len(record.candidates)
-        if objective.k is not None and k != objective.k:
+        if size is not None and k != size:
             raise UserError(
-                f"{where}: record {record.id!r} has {k} candidate{'s' * (k != 1)}, objective {objective.name!r} "
-                f"needs exactly {objective.k}; run `diffalign build` with a rule that makes them"
+                f"{where}: record {record.id!r} has {k} candidate{'s' * (k != 1)}, objective {name!r} "
+                f"needs exactly {size}; run `diffalign build` with a rule that makes them"
             )
-        for candidate, label in itertools.product(record.candidates, objective.labels):
+        for candidate, label in itertools.product(record.candidates, labels):
             if label not in candidate.labels:
                 raise UserError(f"{where}: record {record.id!r} has a candidate without the label {label!r}")
             shape, first = (np.shape(c.labels[label]) for c in (candidate, records[0].candidates[0]))
@@ -68,7 +73,7 @@ def check_records(records: Sequence[Record], objective: Objective, where: str) -
                     "give every candidate one number, or lists of one length"
                 )
     rewards = [[c.labels.get("reward") for c in r.candidates] for r in records]
-    if objective.k != 1 and "reward" in objective.labels and all(all(v == row[0] for v in row) for row in rewards):
+    if size != 1 and "reward" in labels and all(all(v == row[0] for v in row) for row in rewards):
         raise UserError(f"{where}: all ties: no record prefers one candidate to another, there is nothing to learn")
 
 
@@ -185,17 +190,19 @@ class Dataset:
         conditions = [self._condition(i) for i in indices]
         cond = {name: torch.stack([c[name] for c in conditions]) for name in conditions[0]}
         rows = [self.records[i].candidates for i in indices]
-        mask = torch.tensor([[[j < len(row)] for j in range(self.k)] for row in rows], dtype=torch.float32)
-        values = {name: self._label(rows, name) for name in labels}
-        return Batch(self.family.latents(mean, logvar, noise), cond, values, mask).to(generator.device)
+        present = torch.tensor([[j < len(row) for j in range(self.k)] for row in rows], dtype=torch.float32)
+        values = {name: label_values(rows, name, self.k) for name in labels}
+        latents = self.family.latents(mean, logvar, noise)
+        return Batch(latents, cond, values, present=present).to(generator.device)
 
-    def _label(self, rows: Sequence[Sequence[store.Candidate]], name: str) -> Tensor:
-        """(B, K), or (B, K, U) for a label per unit; padding candidates get zeros and are masked."""
-        out = torch.zeros(len(rows), self.k, *np.shape(rows[0][0].labels[name]))
-        for b, row in enumerate(rows):
-            for k, candidate in enumerate(row):
-                out[b, k] = torch.tensor(candidate.labels[name])
-        return out
+
+def label_values(rows: Sequence[Sequence[store.Candidate]], name: str, k: int) -> Tensor:
+    """(B, k), or (B, k, U) for a label per unit; padding candidates get zeros and are not present."""
+    out = torch.zeros(len(rows), k, *np.shape(rows[0][0].labels[name]))
+    for b, row in enumerate(rows):
+        for i, candidate in enumerate(row):
+            out[b, i] = torch.tensor(candidate.labels[name])
+    return out
 
 
 def order(n: int, seed: int, start: int, count: int) -> Iterator[int]:

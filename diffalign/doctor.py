@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from packaging.requirements import Requirement
@@ -26,8 +26,8 @@ from diffalign.config import ModelConfig, TrainConfig
 from diffalign.configfile import load
 from diffalign.errors import UserError, nearest
 from diffalign.families import base
-from diffalign.methods import METHODS, resolve
-from diffalign.registry import OBJECTIVES, find_objective
+from diffalign.methods import METHODS, needs, resolve
+from diffalign.registry import OBJECTIVES, SHAPINGS, find_objective, find_shaping
 from diffalign.types import Method
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,12 +149,7 @@ def _training(config_path: str) -> Iterator[Check]:
     """A training config: its keys, its method, its model and its records."""
     try:
         config = load(TrainConfig, config_path)
-        method = resolve(
-            config.method.name,
-            draw=config.method.draw,
-            estimate=config.method.estimate,
-            objective=config.method.objective,
-        )
+        method = resolve(**config.method.model_dump())
     except UserError as error:
         yield Check("config", config_path, str(error))
         return
@@ -192,13 +187,12 @@ def _data(path: str, method: Method) -> Check:
         return Check("records", path, str(error))
     sizes = ", ".join(f"{n} with {k} candidates" for k, n in found["candidates"].items())
     value = f"{found['records']} records in {path}: {sizes}; labels {', '.join(found['labels']) or 'none'}"
-    for term in method.terms:
-        objective = find_objective(term.objective)
-        missing = [label for label in objective.labels if label not in found["labels"]]
-        if missing:
-            return Check("records", value, f"{objective.name} reads label {missing[0]!r}: run `diffalign build` first")
-        if objective.k is not None and set(found["candidates"]) != {objective.k}:
-            return Check("records", value, f"{objective.name} needs {objective.k} candidates in every record")
+    needed = needs(*method.terms)
+    missing = [label for label in needed.labels if label not in found["labels"]]
+    if missing:
+        return Check("records", value, f"{method.name} reads label {missing[0]!r}: run `diffalign build` first")
+    if needed.k is not None and set(found["candidates"]) != {needed.k}:
+        return Check("records", value, f"{method.name} needs {needed.k} candidates in every record")
     return Check("records", value)
 
 
@@ -211,7 +205,7 @@ def _print(table: Table) -> None:
 
 
 def list_command(what: str) -> None:
-    """Print a table of what a config can name: methods, objectives, families or scorers."""
+    """Print a table of what a config can name: methods, objectives, shapings, families or scorers."""
     columns, rows = _listing(what)
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
@@ -229,7 +223,8 @@ def markdown_list(what: str) -> str:
 def _listing(what: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     columns, rows = {
         "methods": (("name", "needs", "paper", "where"), _method_rows),
-        "objectives": (("name", "needs", "paper", "where"), _objective_rows),
+        "objectives": (("name", "needs", "for", "paper", "where"), _objective_rows),
+        "shapings": (("name", "over", "for", "paper", "where"), _shaping_rows),
         "families": (("name", "what", "where"), _family_rows),
         "scorers": (("name", "what", "where"), _scorer_rows),
     }[what]
@@ -249,8 +244,20 @@ def _objective_rows() -> Iterator[tuple[str, ...]]:
     import diffalign.objectives  # noqa: F401  (fills the registry)
 
     for name, objective in sorted(OBJECTIVES.items()):
-        file, _, line = objective.origin.rpartition(":")
-        yield name, _needs(name), objective.paper, f"{_relative(Path(file))}:{line}"
+        yield name, _needs(name), ", ".join(objective.fits), objective.paper, _place(objective.fn)
+
+
+def _shaping_rows() -> Iterator[tuple[str, ...]]:
+    find_shaping("f_divergence")  # fills the registry
+    for name, found in sorted(SHAPINGS.items()):
+        parts = [{"any": "any objective", "pairs": "pairs"}.get(found.over, "pairs, by differences alone")]
+        parts += [f"role {role}" for role in found.roles] + [f"label {label}" for label in found.labels]
+        yield name, ", ".join(parts), ", ".join(found.fits), found.paper, _place(found.fn)
+
+
+def _place(fn: Any) -> str:
+    """``file:line`` of a definition, for people to open."""
+    return f"{_relative(Path(inspect.getsourcefile(fn) or ''))}:{inspect.getsourcelines(fn)[1]}"
 
 
 def _needs(objective_name: str) -> str:
@@ -258,6 +265,7 @@ def _needs(objective_name: str) -> str:
     parts = [f"K = {objective.k}" if objective.k is not None else "any K"]
     parts += [f"role {role}" for role in objective.roles]
     parts += [f"label {label}" for label in objective.labels]
+    parts += [f"estimate {entry}" for entry in objective.reads if not entry.startswith("gap.")]
     return ", ".join(parts)
 
 

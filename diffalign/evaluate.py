@@ -16,7 +16,7 @@ from diffalign import records as store
 from diffalign import score
 from diffalign.errors import UserError
 from diffalign.files import write_json
-from diffalign.generate import claim_images, generate_with, read_prompts
+from diffalign.generate import claim_images, generate_with, read_prompts, sampling_config
 from diffalign.records import Record
 from diffalign.results import Measured, Results, table
 
@@ -119,11 +119,12 @@ def _judge(config: cfg.EvalConfig, model: cfg.ModelConfig, prompts: list[Record]
 
 def run(config: cfg.EvalConfig, dry_run: bool = False) -> Path:
     """Evaluate a model, and its baseline on the same prompts and noise; returns the results file."""
+    settings = sampling_config(config, config.model.family)
     prompts = read_prompts(config.prompts, config.seed)
     out = Path(config.out)
     if dry_run:
         models = 1 if config.against is None else 2
-        print(f"would judge {models} model(s) on {len(prompts)} prompts x {config.candidates} images into {out}")
+        print(f"would judge {models} model(s) on {len(prompts)} prompts x {config.candidates} samples into {out}")
         return out / "results.json"
     policy = _judge(config, config.model, prompts, out / "policy")
     against = _judge(config, config.against, prompts, out / "against") if config.against else None
@@ -134,7 +135,7 @@ def run(config: cfg.EvalConfig, dry_run: bool = False) -> Path:
         judge=config.judge.name,
         metric=str(config.judge.params.get("metric", config.judge.label or config.judge.name)),
         note=config.note or f"prompts: {config.prompts.source}",
-        sampling=config.sampling.model_dump(mode="json"),
+        sampling=settings.model_dump(mode="json"),
         seed=config.seed,
         n=sum(row.n or 0 for row in rows.values()),
         prompts=sum(len(found) for found in policy.values()),

@@ -1,9 +1,10 @@
-"""`diffalign generate`: prompts x seeds -> records.jsonl + media/. Resumable; an image depends on its seed alone."""
+"""`diffalign generate`: prompts x seeds -> records.jsonl + media/. Resumable; a sample depends on its seed alone."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,36 @@ from torch import Tensor
 from diffalign import config as cfg
 from diffalign import records as store
 from diffalign.errors import UserError, nearest
-from diffalign.families.base import LORA_FILE, DiffusersFamily, load_family, tensor_digest
+from diffalign.families.base import DiffusersFamily, family_class, load_family, tensor_digest
 from diffalign.files import claim
-from diffalign.records import Candidate, Record
+from diffalign.records import Candidate, Record, plain
 from diffalign.samplers import SAMPLERS, guided
-from diffalign.types import Request, Sampling
+from diffalign.types import Decoding, Request, Sampling
 from diffalign.worlds import load_prompts
 
 RECORDS = "records.jsonl"
 
 
-def make_sampling(config: cfg.SamplingConfig) -> Sampling:
+def sampling_config(
+    config: cfg.GenerateConfig | cfg.EvalConfig, family: str
+) -> cfg.SamplingConfig | cfg.DecodingConfig:
+    """The section that says how a family samples: ``sampling``, or ``decoding`` for text.
+
+    Raises:
+        UserError: the other one was given.
+    """
+    text = family_class(family).modality == "text"
+    mine, other = ("decoding", "sampling") if text else ("sampling", "decoding")
+    given = getattr(config, other)
+    if given != type(given)():
+        raise UserError(f"{other}: {family} is sampled as `{mine}` says; remove `{other}`")
+    return getattr(config, mine)
+
+
+def make_sampling(config: cfg.SamplingConfig | cfg.DecodingConfig) -> Sampling | Decoding:
     """The flat value the samplers take."""
+    if isinstance(config, cfg.DecodingConfig):
+        return Decoding(config.temperature, config.top_p, config.max_tokens)
     return Sampling(config.sampler, config.steps, config.guidance, config.size)
 
 
@@ -83,7 +102,7 @@ def sample_images(family: DiffusersFamily, requests: Sequence[Request], sampling
         raise UserError(f"sampling.sampler: unknown {sampling.sampler!r}{nearest(sampling.sampler, SAMPLERS)}")
     shape = family.latent_shape(sampling.size)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(r.seed)) for r in requests])
-    prompts = [r.prompt for r in requests]
+    prompts = [str(r.prompt) for r in requests]
     cond, empty = family.encode_prompt(prompts), family.encode_prompt([""] * len(prompts))
     predict = guided(family, family.net, cond, empty, sampling.guidance)
     grid = family.schedule.grid(sampling.steps).to(family.device)
@@ -96,70 +115,83 @@ def _to_bytes(image: Tensor) -> np.ndarray:
 
 
 def generate(
-    family: DiffusersFamily,
+    family: Any,
     prompts: Sequence[Record],
     out: Path,
     *,
     candidates: int,
-    sampling: Sampling,
+    sampling: Sampling | Decoding,
     batch: int,
     seed: int,
     model: str,
     title: str = "generate",
 ) -> Path:
-    """Sample ``candidates`` images for every prompt into ``out``; what is already there is kept, not redone.
+    """Sample ``candidates`` images or texts for every prompt into ``out``; what is there is kept, not redone.
 
-    An image file appears whole or not at all, and a record is written once all its images are there, so a stage that
+    An image file appears whole or not at all, and a record is written once all its samples are there, so a stage that
     was killed loses at most one batch.
 
     Args:
         prompts: records without candidates.
-        batch: images per forward.
+        batch: samples per forward.
         model: what to note as the origin.
 
     Returns:
         The records file.
     """
     path = out / RECORDS
+    sample: Callable[..., list[Candidate]] = _texts if isinstance(sampling, Decoding) else _images
     with store.Appender(path) as appender, _progress() as progress:
         task = progress.add_task(title, total=len(prompts) * candidates)
         for group in _groups(prompts, max(1, batch // candidates)):
-            todo = [r for r in group if r.id not in appender.done]
-            wanted = [(r, k, f"media/{r.id}-{k}.png") for r in group for k in range(candidates)]
-            for start in range(0, len(wanted) if todo else 0, batch):
-                _sample_missing(family, wanted[start : start + batch], out, sampling, seed)
-            appender.append(_record(r, candidates, sampling, seed, model) for r in todo)
+            wanted = [(r, k, candidate_seed(seed, r.id, k)) for r in group for k in range(candidates)]
+            if any(r.id not in appender.done for r in group):
+                chunks = (wanted[start : start + batch] for start in range(0, len(wanted), batch))
+                made = [text for chunk in chunks for text in sample(family, chunk, out, sampling)]
+                rows = zip(group, _groups(list(zip(wanted, made, strict=True)), candidates), strict=True)
+                appender.append(_record(r, row, sampling, model) for r, row in rows if r.id not in appender.done)
             progress.advance(task, len(wanted))
     return path
 
 
-def _groups(prompts: Sequence[Record], size: int) -> Iterator[Sequence[Record]]:
-    """The same groups whatever was done before: the last bits of an image depend on the batch it is sampled in."""
-    return (prompts[start : start + size] for start in range(0, len(prompts), size))
+def _groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """The same groups whatever was done before: the last bits of a sample depend on the batch it is sampled in."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _sample_missing(
-    family: DiffusersFamily, chunk: Sequence[tuple[Record, int, str]], out: Path, sampling: Sampling, seed: int
-) -> None:
-    """Sample one batch of (record, candidate, file) and write the images that are not there yet."""
-    missing = {name for _, _, name in chunk if not (out / name).is_file()}
-    if not missing:
-        return
-    requests = [Request(str(r.prompt), candidate_seed(seed, r.id, k)) for r, k, _ in chunk]
-    images = sample_images(family, requests, sampling)
-    for (record, _, name), image in zip(chunk, images, strict=True):
-        if not image.isfinite().all():
-            raise UserError(f"record {record.id!r}: the model samples {image.mean().item()}; check model and adapter")
-        if name in missing:
-            store.save_image(out / name, _to_bytes(image))
+Wanted = tuple[Record, int, int]
+"""Record, number of the candidate, seed."""
 
 
-def _record(prompt: Record, candidates: int, sampling: Sampling, seed: int, model: str) -> Record:
-    origin = {"model": model, "sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.guidance}
-    made = [
-        Candidate(sample=f"media/{prompt.id}-{k}.png", origin={**origin, "seed": candidate_seed(seed, prompt.id, k)})
-        for k in range(candidates)
-    ]
+def _images(family: DiffusersFamily, chunk: Sequence[Wanted], out: Path, sampling: Sampling) -> list[Candidate]:
+    """Sample one batch and write the images that are not there yet."""
+    names = [f"media/{record.id}-{k}.png" for record, k, _ in chunk]
+    missing = {name for name in names if not (out / name).is_file()}
+    if missing:
+        images = sample_images(family, [Request(str(r.prompt), seed) for r, _, seed in chunk], sampling)
+        for (record, _, _), name, image in zip(chunk, names, images, strict=True):
+            if not image.isfinite().all():
+                raise UserError(
+                    f"record {record.id!r}: the model samples {image.mean().item()}; check model and adapter"
+                )
+            if name in missing:
+                store.save_image(out / name, _to_bytes(image))
+    return [Candidate(sample=name) for name in names]
+
+
+def _texts(family: Any, chunk: Sequence[Wanted], out: Path, decoding: Decoding) -> list[Candidate]:
+    """Sample one batch of completions; they live in the records, not in files."""
+    requests = [Request(plain(record.prompt), seed) for record, _, seed in chunk]
+    return [Candidate(text=text) for text in family.generate(family.net, requests, decoding)]
+
+
+def _record(
+    prompt: Record, row: Sequence[tuple[Wanted, Candidate]], sampling: Sampling | Decoding, model: str
+) -> Record:
+    settings = asdict(sampling)
+    settings.pop("size", None)
+    origin = {"model": model, **settings}
+    made = [c.model_copy(update={"origin": {**origin, "seed": seed}}) for (_, _, seed), c in row]
     return prompt.model_copy(update={"candidates": made})
 
 
@@ -167,7 +199,7 @@ def _progress() -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
-def load_model(model: cfg.ModelConfig) -> DiffusersFamily:
+def load_model(model: cfg.ModelConfig) -> Any:
     """The model to sample from, with its adapter."""
     if model.lora is not None:
         raise UserError(
@@ -178,7 +210,7 @@ def load_model(model: cfg.ModelConfig) -> DiffusersFamily:
 
 def model_identity(model: cfg.ModelConfig) -> dict[str, Any]:
     """What decides the images of a model: its config, and the content of an adapter that training may replace."""
-    weights = Path(model.adapter or "", LORA_FILE)
+    weights = Path(model.adapter or "", family_class(model.family).lora_file)
     digest = _content_digest(weights) if model.adapter and weights.is_file() else None
     return {**model.model_dump(mode="json"), "adapter_sha256": digest}
 
@@ -214,13 +246,14 @@ def generate_with(
     title: str = "generate",
 ) -> Path:
     """Load a model and :func:`generate` with the candidates, sampling and seed of a config; the records file."""
+    settings = sampling_config(config, model.family)
     return generate(
         load_model(model),
         prompts,
         out,
         candidates=config.candidates,
-        sampling=make_sampling(config.sampling),
-        batch=config.sampling.batch,
+        sampling=make_sampling(settings),
+        batch=settings.batch,
         seed=config.seed,
         model=model_name(model),
         title=title,
@@ -229,6 +262,7 @@ def generate_with(
 
 def run(config: cfg.GenerateConfig, dry_run: bool = False) -> Path:
     """The verb: load, sample, write; returns the records file."""
+    sampling_config(config, config.model.family)
     prompts = read_prompts(config.prompts, config.seed)
     out = Path(config.out)
     claim_images(out, config.model, prompts, config.model_dump(mode="json", exclude={"out"}), write=not dry_run)

@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 or better."""
+    return values if values.element_size() >= 4 else values.float()
 
 
 def denoising_error(prediction: Tensor, target: Tensor, keep: Sequence[int] = ()) -> Tensor:
@@ -22,7 +28,7 @@ def denoising_error(prediction: Tensor, target: Tensor, keep: Sequence[int] = ()
     Returns:
         (B, K, U) with U = 1 when nothing is kept.
     """
-    wide = prediction if prediction.element_size() >= 4 else prediction.float()
+    wide = _wide(prediction)
     error = (wide - target.to(wide.dtype)).square()
     kept = {dim % error.ndim for dim in keep}
     over = [dim for dim in range(2, error.ndim) if dim not in kept]
@@ -30,6 +36,42 @@ def denoising_error(prediction: Tensor, target: Tensor, keep: Sequence[int] = ()
     return error.flatten(2) if kept else error[..., None]
 
 
-def prediction_gap(policy: Tensor, reference: Tensor) -> Tensor:
-    """(B, K) mean squared difference of two predictions, a surrogate of their KL divergence."""
-    return denoising_error(policy, reference)[..., 0]
+def token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probability in nats of each token under the logits that predict it, in float32 or better.
+
+    Args:
+        logits: (..., V), unnormalised.
+        ids: (...) token ids.
+
+    Returns:
+        (...), without ever holding a second (..., V) of log-probabilities.
+    """
+    wide = _wide(logits)
+    return wide.gather(-1, ids[..., None])[..., 0] - wide.logsumexp(-1)
+
+
+def token_kl(reference_logits: Tensor, policy_logits: Tensor) -> Tensor:
+    """Exact ``KL(reference || policy)`` over the vocabulary at each position, (..., V) -> (...).
+
+    Swapped arguments give ``KL(policy || reference)``. Tokens that the first excludes (logit -inf) add nothing.
+    """
+    first, second = (_wide(logits).log_softmax(-1) for logits in (reference_logits, policy_logits))
+    possible = first > -torch.inf
+    difference = torch.where(possible, first, 0.0) - torch.where(possible, second, 0.0)
+    return (first.exp() * difference).sum(-1)
+
+
+def geometric_mixture(policy_logits: Tensor, reference_logits: Tensor, mixture: float) -> Tensor:
+    """Log-probs of ``policy^(1 - mixture) reference^mixture``, normalised per token (arXiv:2312.00886; IPO-MD).
+
+    The mixture of whole sequences would need a global normaliser; per token is what releases do.
+
+    Args:
+        policy_logits, reference_logits: (..., V).
+        mixture: the reference's weight in [0, 1]; 0.125 to 0.375 in the paper.
+    """
+    if not 0 <= mixture <= 1:
+        raise ValueError(f"a mixture weight is in [0, 1], not {mixture}")
+    ends = ((1 - mixture, policy_logits), (mixture, reference_logits))
+    terms = [weight * _wide(logits) for weight, logits in ends if weight]  # 0 * -inf would be NaN
+    return torch.stack(terms).sum(0).log_softmax(-1)

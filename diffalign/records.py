@@ -13,7 +13,7 @@ import struct
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from statistics import fmean
@@ -47,7 +47,9 @@ class Message(_Model):
 class Candidate(_Model):
     """One answer to a prompt: either media or text. ``condition`` overrides the record's."""
 
-    sample: str | None = Field(None, description="media file, posix path relative to the folder of the records file")
+    sample: str | None = Field(
+        default=None, description="media file, posix path relative to the folder of the records file"
+    )
     text: str | list[Message] | None = None
     condition: str | None = None
     labels: dict[str, StrictFloat | list[StrictFloat]] = Field(default_factory=dict, description="or one per unit")
@@ -78,6 +80,20 @@ class Record(_Model):
     def _is_sound(self) -> Record:
         _require_finite({"meta": self.meta})
         return self
+
+
+def plain(content: str | Sequence[Message]) -> str | list[dict[str, str]]:
+    """Text as it is, a conversation as plain dictionaries."""
+    return content if isinstance(content, str) else [message.model_dump() for message in content]
+
+
+def plain_text(content: str | Sequence[Message]) -> str:
+    """A lone message is its content; a conversation has a ``role: content`` line per message."""
+    if isinstance(content, str):
+        return content
+    if len(content) == 1:
+        return content[0].content
+    return "\n".join(f"{message.role}: {message.content}" for message in content)
 
 
 def _require_finite(value: Any, where: str = "") -> None:

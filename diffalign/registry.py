@@ -1,46 +1,65 @@
-"""Objectives by name, anything by ``module:attribute``, and keyword-only signatures as the parameter schema."""
+"""Objectives and shapings by name, anything by ``module:attribute``, keyword-only signatures as parameter schema."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import math
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
 from diffalign.errors import UserError, nearest
-from diffalign.types import Labels, LogProbs, Loss, Role
+from diffalign.types import Labels, LogProbs, Loss, Role, parts
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
     """A registered loss and what it needs.
 
-    ``k`` None means any number of candidates; ``identity`` is its value wherever policy = reference, None if that
-    depends on the data.
+    ``k`` None means any number of candidates; ``reads`` names entries of ``LogProbs.extra`` and ``"gap.<role>"``;
+    ``fits`` says which modalities it makes sense for; ``identity`` is its value wherever policy = reference, None if
+    that depends on the data; ``differences``: it reads nothing but the difference of the two log-ratios.
     """
 
     name: str
-    fn: Callable[..., Loss]
+    fn: Callable[..., Loss | tuple[Loss, ...]]
     k: int | None
     paper: str
     roles: tuple[Role, ...]
     labels: tuple[str, ...]
+    reads: tuple[str, ...]
+    fits: tuple[str, ...]
     identity: float | None
+    optional: tuple[str, ...] = ()
+    differences: bool = False
 
-    def __call__(self, lp: LogProbs, labels: Labels, **params: Any) -> Loss:
+    def __call__(self, lp: LogProbs, labels: Labels, **params: Any) -> tuple[Loss, ...]:
+        return parts(self.fn(lp, labels, **params))
+
+
+@dataclass(frozen=True, slots=True)
+class Shaping:
+    """A registered transformation of log-probs that composes with objectives: ``over`` says with which.
+
+    ``"any"``, those over ``"pairs"``, or only those that read ``"differences"`` of log-ratios.
+    """
+
+    name: str
+    fn: Callable[..., LogProbs]
+    paper: str
+    roles: tuple[Role, ...]
+    labels: tuple[str, ...]
+    over: Literal["any", "pairs", "differences"]
+    fits: tuple[str, ...]
+
+    def __call__(self, lp: LogProbs, labels: Labels, **params: Any) -> LogProbs:
         return self.fn(lp, labels, **params)
-
-    @property
-    def origin(self) -> str:
-        """``file:line`` of the definition."""
-        return f"{inspect.getsourcefile(self.fn)}:{inspect.getsourcelines(self.fn)[1]}"
 
 
 OBJECTIVES: dict[str, Objective] = {}
-PLAIN: dict[str, Any] = {"float": float | int, "int": int, "bool": bool, "str": str, "None": type(None)}
-"""Annotations that a value of a config is checked against."""
+SHAPINGS: dict[str, Shaping] = {}
 
 
 def objective(
@@ -49,41 +68,91 @@ def objective(
     paper: str,
     roles: Sequence[Role] = (),
     labels: Sequence[str] = ("reward",),
+    reads: Sequence[str] = (),
+    fits: Sequence[str] = ("diffusion", "text"),
     identity: float | None = None,
-) -> Callable[[Callable[..., Loss]], Callable[..., Loss]]:
-    """Register a pure function ``(lp, labels, *, params) -> Loss`` under its own name.
+    optional: Sequence[str] = (),
+    differences: bool = False,
+) -> Callable[[Callable[..., Loss | tuple[Loss, ...]]], Callable[..., Any]]:
+    """Register a pure function ``(lp, labels, *, params) -> Loss`` (or several parts) under its own name.
 
     Args:
         k: candidates per record, None for any.
         paper: arXiv id and equation.
         roles: roles beside the policy whose log-probs it reads.
         labels: labels it reads.
+        reads: what else it reads of the log-probs: names in ``extra``, or ``gap.<role>``.
+        fits: ``"diffusion"``, ``"text"`` or both.
         identity: value per record at policy = reference; every run checks it at step 0.
+        optional: labels it reads where the records have them.
+        differences: it reads nothing but the difference of the two candidates' log-ratios to the reference.
     """
 
-    def register(fn: Callable[..., Loss]) -> Callable[..., Loss]:
-        name = fn.__name__
-        if name in OBJECTIVES:
-            raise ValueError(f"objective {name!r} is already registered at {OBJECTIVES[name].origin}")
-        OBJECTIVES[name] = Objective(name, fn, k, paper, tuple(roles), tuple(labels), identity)
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        needs = (tuple(roles), tuple(labels), tuple(reads), tuple(fits))
+        _add(
+            OBJECTIVES,
+            "objective",
+            Objective(fn.__name__, fn, k, paper, *needs, identity, tuple(optional), differences),
+        )
         return fn
 
     return register
 
 
+def shaping(
+    *,
+    paper: str,
+    roles: Sequence[Role] = (),
+    labels: Sequence[str] = (),
+    over: Literal["any", "pairs", "differences"] = "any",
+    fits: Sequence[str] = ("diffusion", "text"),
+) -> Callable[[Callable[..., LogProbs]], Callable[..., LogProbs]]:
+    """Register a pure function ``(lp, labels, *, params) -> LogProbs`` under its own name.
+
+    Args:
+        paper: arXiv id and equation.
+        roles: roles beside the policy whose log-probs it reads.
+        labels: labels it reads.
+        over: which objectives it composes with: any, those over pairs, or those that read differences of log-ratios
+            alone, since only these mean something in its output.
+        fits: ``"diffusion"``, ``"text"`` or both.
+    """
+
+    def register(fn: Callable[..., LogProbs]) -> Callable[..., LogProbs]:
+        _add(SHAPINGS, "shaping", Shaping(fn.__name__, fn, paper, tuple(roles), tuple(labels), over, tuple(fits)))
+        return fn
+
+    return register
+
+
+def _add(registry: dict[str, Any], what: str, entry: Any) -> None:
+    if entry.name in registry:
+        raise ValueError(f"{what} {entry.name!r} is already registered by {registry[entry.name].fn.__module__}")
+    registry[entry.name] = entry
+
+
 def find_objective(name: str) -> Objective:
     """An objective by name, or a foreign one by ``package.module:function`` (registered by its own decorator)."""
+    return _find(OBJECTIVES, "objective", name)
+
+
+def find_shaping(name: str) -> Shaping:
+    """A shaping by name, or a foreign one by ``package.module:function`` (registered by its own decorator)."""
+    return _find(SHAPINGS, "shaping", name)
+
+
+def _find(registry: dict[str, Any], what: str, name: str) -> Any:
     importlib.import_module("diffalign.objectives")
     if ":" in name:
         fn = load_attribute(name)
-        return next((o for o in OBJECTIVES.values() if o.fn is fn), None) or _unregistered(name)
-    if name not in OBJECTIVES:
-        raise UserError(f"unknown objective {name!r}{nearest(name, OBJECTIVES)}")
-    return OBJECTIVES[name]
-
-
-def _unregistered(name: str) -> Objective:
-    raise UserError(f"{name} is not an objective: decorate it with diffalign.registry.objective")
+        found = next((entry for entry in registry.values() if entry.fn is fn), None)
+        if found is None:
+            raise UserError(f"{name} is no {what}: decorate it with diffalign.registry.{what}")
+        return found
+    if name not in registry:
+        raise UserError(f"unknown {what} {name!r}{nearest(name, registry)}")
+    return registry[name]
 
 
 def load_attribute(path: str) -> Any:
@@ -96,20 +165,35 @@ def load_attribute(path: str) -> Any:
 
 
 def keyword_parameters(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a part: its YAML schema."""
-    parameters = inspect.signature(fn).parameters.values()
-    return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    """The keyword-only parameters of a part, their annotations as types: its YAML schema."""
+    try:
+        signature = inspect.signature(fn, eval_str=True)
+    except NameError:  # an annotation that exists for type checkers alone
+        signature = inspect.signature(fn)
+    return {p.name: p for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is what an annotation of plain types asks for; numbers must be finite."""
-    names = str(getattr(annotation, "__name__", annotation)).split(" | ")
-    if not all(name in PLAIN for name in names):
-        return True
-    if isinstance(value, bool):
-        return "bool" in names
-    finite = not isinstance(value, float) or math.isfinite(value)
-    return finite and any(isinstance(value, PLAIN[name]) for name in names)
+    """Whether a value is what an annotation asks for; numbers must be finite, other types are not looked at."""
+    if isinstance(annotation, types.UnionType) or get_origin(annotation) is Union:
+        return any(_fits(value, option) for option in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    if get_origin(annotation) in (list, tuple, Sequence):
+        inner = get_args(annotation)[0]
+        return isinstance(value, list | tuple) and all(_fits(item, inner) for item in value)
+    if annotation is float:
+        return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(annotation, type) or isinstance(value, annotation)
+
+
+def _kind(annotation: Any) -> str:
+    """An annotation in words."""
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(str, get_args(annotation)))}"
+    return str(getattr(annotation, "__name__", annotation)) if isinstance(annotation, type) else str(annotation)
 
 
 def check_parameters(fn: Callable[..., Any], given: Mapping[str, Any], where: str, *, complete: bool = False) -> None:
@@ -123,7 +207,7 @@ def check_parameters(fn: Callable[..., Any], given: Mapping[str, Any], where: st
         if name not in schema:
             raise UserError(f"{where} has no parameter {name!r}{nearest(name, schema)}")
         if not _fits(value, schema[name].annotation):
-            raise UserError(f"{where}: {name} must be {schema[name].annotation}, got {value!r}")
+            raise UserError(f"{where}: {name} must be {_kind(schema[name].annotation)}, got {value!r}")
     missing = [n for n, p in schema.items() if p.default is inspect.Parameter.empty and n not in given]
     if complete and missing:
         raise UserError(f"{where} needs {', '.join(missing)}")

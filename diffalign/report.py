@@ -30,6 +30,7 @@ from diffalign.results import Results, Row, headline, number, table
 
 MAX_PICTURES = 192
 MAX_PER_TASK = 6
+MAX_TEXT = 600  # characters of a text sample
 THUMBNAIL = 192  # pixels; with MAX_PICTURES it keeps the pictures of a page below 2 MB or so
 PIXEL_ART = 64  # images up to this side are enlarged without smoothing
 
@@ -122,11 +123,12 @@ def _evaluation_order(root: Path, config: str) -> list[Path]:
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 
-class Picture(NamedTuple):
-    """An image as a data URI with the judge's verdict."""
+class Exhibit(NamedTuple):
+    """An image as a data URI, or a text, with the judge's verdict."""
 
-    data: str
+    image: str
     pixelated: bool
+    text: str
     verdict: Literal["right", "wrong", ""]
     score: str
 
@@ -135,40 +137,46 @@ class Pair(NamedTuple):
     """One prompt before and after."""
 
     prompt: str
-    before: Picture | None
-    after: Picture
+    before: Exhibit | None
+    after: Exhibit
 
 
-def _picture(root: Path, candidate: Candidate, metric: str) -> Picture:
+def _exhibit(root: Path, candidate: Candidate, metric: str) -> Exhibit:
+    labels = candidate.labels
+    score = labels.get(metric, next(iter(labels.values()))) if len(labels) == 1 else labels.get(metric)
+    verdict = "right" if score == 1 else "wrong" if score == 0 else ""
+    mark = {"right": "✓", "wrong": "✗"}.get(verdict, number(score) if isinstance(score, float) else "")
+    if candidate.text is not None:
+        return Exhibit("", False, records.plain_text(candidate.text)[:MAX_TEXT], verdict, mark)
+    return Exhibit(*_picture(root, candidate), "", verdict, mark)
+
+
+def _picture(root: Path, candidate: Candidate) -> tuple[str, bool]:
+    """A thumbnail as a data URI, and whether to enlarge it without smoothing."""
     image = records.read_image(root, candidate.sample or "")
     small = max(image.size) <= THUMBNAIL
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "PNG" if small else "JPEG", optimize=True)
     data = f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    labels = candidate.labels
-    score = labels.get(metric, next(iter(labels.values()))) if len(labels) == 1 else labels.get(metric)
-    verdict = "right" if score == 1 else "wrong" if score == 0 else ""
-    text = {"right": "✓", "wrong": "✗"}.get(verdict, number(score) if isinstance(score, float) else "")
-    return Picture(data, max(image.size) <= PIXEL_ART, verdict, text)
+    return data, max(image.size) <= PIXEL_ART
 
 
-def _pictured(path: Path) -> list[Record]:
-    """The records whose first candidate is an image."""
-    return [record for record in _read_records(path) if record.candidates and record.candidates[0].sample]
+def _answered(path: Path) -> list[Record]:
+    return [record for record in _read_records(path) if record.candidates]
 
 
 def gallery(folder: Path, metric: str, per_task: int) -> dict[str, list[Pair]]:
-    """The first prompts of every task in file order, each with its first image, beside the baseline's."""
+    """The first prompts of every task in file order, each with its first sample, beside the baseline's."""
     first: defaultdict[str, dict[str, Record]] = defaultdict(dict)
-    for record in _pictured(folder / "policy" / "scored.jsonl"):
+    for record in _answered(folder / "policy" / "scored.jsonl"):
         first[_task(record)].setdefault(_prompt(record), record)
-    before = {record.id: record.candidates[0] for record in _pictured(folder / "against" / "scored.jsonl")}
+    before = {record.id: record.candidates[0] for record in _answered(folder / "against" / "scored.jsonl")}
 
     def pair(prompt: str, record: Record) -> Pair:
         base = before.get(record.id)
-        left = _picture(folder / "against", base, metric) if base else None
-        return Pair(prompt, left, _picture(folder / "policy", record.candidates[0], metric))
+        left = _exhibit(folder / "against", base, metric) if base else None
+        return Pair(prompt, left, _exhibit(folder / "policy", record.candidates[0], metric))
 
     return {task: [pair(*item) for item in list(chosen.items())[:per_task]] for task, chosen in first.items()}
 
@@ -178,7 +186,7 @@ def _task(record: Record) -> str:
 
 
 def _prompt(record: Record) -> str:
-    return record.prompt if isinstance(record.prompt, str) else record.prompt[-1].content
+    return records.plain_text(record.prompt)
 
 
 def _evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -225,7 +233,7 @@ def curves(steps: Sequence[Step]) -> list[Chart]:
         chart(
             "drift from the reference",
             {"winner": column("chosen"), "loser": column("rejected")},
-            "Error of the policy minus error of the reference; lower is better.",
+            "Error (of text: negative log-likelihood per token) of the policy minus that of the reference.",
             guide=(0.0, "reference"),
         ),
         chart("gradient norm", {"gradient norm": column("grad_norm")}),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffalign.errors import UserError, nearest
-from diffalign.records import Candidate, Message, Record, read_image
+from diffalign.records import Candidate, Record, plain_text, read_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -192,23 +192,14 @@ def _candidates(records: Iterable[Record], labels: Collection[str]) -> Iterator[
 
 
 def _sample(record: Record, candidate: Candidate, root: Path) -> Sample:
-    prompt = _plain_text(record.prompt)
+    prompt = plain_text(record.prompt)
     if candidate.text is not None:
-        return Sample(prompt, text=_plain_text(candidate.text), meta=record.meta)
+        return Sample(prompt, text=plain_text(candidate.text), meta=record.meta)
     assert candidate.sample is not None  # a candidate has either
     try:
         return Sample(prompt, image=read_image(root, candidate.sample), meta=record.meta)
     except UserError as error:
         raise UserError(f"record {record.id!r}: {error}") from None
-
-
-def _plain_text(content: str | Sequence[Message]) -> str:
-    """A lone message is its content; a conversation has a ``role: content`` line per message."""
-    if isinstance(content, str):
-        return content
-    if len(content) == 1:
-        return content[0].content
-    return "\n".join(f"{message.role}: {message.content}" for message in content)
 
 
 def _call(label: str, scorer: Scorer, samples: Sequence[Sample], names: Sequence[str]) -> list[Score]:

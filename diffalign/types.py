@@ -6,7 +6,7 @@ none), ``...`` latent dimensions. Times are in [0, 1], 0 = clean data, 1 = noise
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
@@ -40,8 +40,10 @@ class Batch:
     cond: Condition
     labels: Labels
     mask: Tensor | None = None
-    """(B, K, U) units that count; a padding candidate has none."""
+    """(B, K, U) units that count; None for all."""
     path: Path | None = None
+    present: Tensor | None = None
+    """(B, K) 0 for the candidates that only pad a shorter list; None for none. An empty completion is present."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -52,6 +54,7 @@ class Batch:
             {name: value.to(device) for name, value in self.labels.items()},
             None if self.mask is None else self.mask.to(device),
             path,
+            None if self.present is None else self.present.to(device),
         )
 
     def rows(self, index: slice) -> Batch:
@@ -63,6 +66,7 @@ class Batch:
             labels={name: value[index] for name, value in self.labels.items()},
             mask=None if self.mask is None else self.mask[index],
             path=self.path and Path(self.path.t[index], self.path.x[index], self.path.prediction[index]),
+            present=None if self.present is None else self.present[index],
         )
 
 
@@ -71,11 +75,11 @@ class Draw:
     """All randomness of one step; every role sees the same one."""
 
     t: Tensor
-    """(B, K) in [0, 1], float32."""
+    """(B, K) in [0, 1], float32; or (B, K, S), several times per candidate, which become units."""
     x_t: Tensor
-    """(B, K, ...)."""
+    """(B, K, ...) or (B, K, S, ...)."""
     target: Tensor
-    """(B, K, ...) in the family's parametrisation."""
+    """Like ``x_t``, in the family's parametrisation."""
     t_prev: Tensor | None = None
     x_prev: Tensor | None = None
 
@@ -85,52 +89,81 @@ class LogProbs:
     """Log-probabilities by role: nats for text, minus a scaled denoising error for diffusion."""
 
     by_role: Mapping[Role, Tensor]
-    """(B, K, U); only ``"policy"`` carries gradient."""
+    """(B, K, U); only what the policy gave carries gradient. Units outside the mask may hold anything, even NaN."""
     mask: Tensor
-    """(B, K, U)."""
-    gap: Tensor | None = None
-    """(B, K) mean squared difference of policy and reference predictions, a KL surrogate."""
+    """(B, K, U), 1 for units that count."""
+    gap: Mapping[Role, Tensor] = field(default_factory=dict)
+    """(B, K, U) mean squared difference of the policy's prediction to that of a role: a KL surrogate, with gradient."""
     scale: float = 1.0
     """What one unit of error costs in log-prob, so that metrics can report errors."""
+    present: Tensor | None = None
+    """(B, K) 0 for candidates that only pad a list; None for none."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """(B, K, U) what an estimate gives beside log-probs: ``"values"`` of a value head, ``"t"``, ``"std"``, ``"dt"``
+    of a transition, ``"kl"`` over a vocabulary ... Objectives declare what they read."""
+    world_mean: Callable[[Tensor], Tensor] = torch.mean
+    """The mean of a detached tensor over its elements and over all ranks."""
 
     def sum(self, role: Role = "policy") -> Tensor:
         """(B, K): summed over the units that count."""
-        return (self.by_role[role] * self.mask).sum(-1)
+        return torch.where(self.mask > 0, self.by_role[role], 0.0).sum(-1)
 
     def mean(self, role: Role = "policy") -> Tensor:
         """(B, K): per unit; 0 for a candidate without units."""
-        return self.sum(role) / self.mask.sum(-1).clamp_min(1)
+        return self.sum(role) / self.lengths
 
     def ratio(self, how: Literal["sum", "mean"] = "sum", against: Role = "reference") -> Tensor:
         """(B, K): ``log p_policy - log p_against``, the implicit reward without its beta."""
         reduce = self.sum if how == "sum" else self.mean
         return reduce("policy") - reduce(against)
 
+    @property
+    def lengths(self) -> Tensor:
+        """(B, K): units that count, at least 1."""
+        return self.mask.sum(-1).clamp_min(1)
+
+    @property
+    def exists(self) -> Tensor:
+        """(B, K): 1.0 for real candidates, 0.0 for padding."""
+        here = torch.ones_like(self.mask[..., 0]) if self.present is None else self.present
+        return here.to(self.by_role["policy"].dtype)
+
 
 class Loss(NamedTuple):
-    """What an objective returns. Objectives never reduce over the batch."""
+    """What an objective returns, alone or as a tuple of parts that are averaged separately and then added.
+
+    Objectives never reduce over the batch: every entry is averaged with its weight, ``sum(w v) / sum(w)``, exactly,
+    across micro-steps and ranks.
+    """
 
     value: Tensor
-    """(B,)."""
+    """(B,) per record, or (B, K), (B, K, U)."""
     weight: Tensor
-    """(B,), 0 for ties, padding and masked rows."""
+    """The same shape, without gradient; 0 for ties, padding and masked rows."""
 
     def reduce(self) -> Tensor:
         """``sum(w v) / sum(w)``: the only reduction there is. A batch of zero weight gives 0 with zero gradient."""
         return (self.weight * self.value).sum() / self.weight.sum().clamp_min(torch.finfo(self.weight.dtype).tiny)
 
 
+def parts(loss: Loss | tuple[Loss, ...]) -> tuple[Loss, ...]:
+    """The separately averaged parts of what an objective returned."""
+    return (loss,) if isinstance(loss, Loss) else loss
+
+
 @dataclass(frozen=True, slots=True)
 class Term:
-    """draw + estimate + objective, with the paper's parameters of the objective."""
+    """draw + estimate + shaping + objective, with the paper's parameters of the objective."""
 
-    draw: Callable[..., Draw | None]
-    """``(family, weights, batch, generator, *, params) -> Draw``."""
-    estimate: Callable[..., LogProbs]
+    draw: Callable[..., Draw | None] | None
+    """``(family, weights, batch, generator, *, params) -> Draw``; None to read the main term's log-probs instead."""
+    estimate: Callable[..., LogProbs] | None
     """``(family, weights, batch, draw, roles, autocast, *, params) -> LogProbs``."""
     objective: str
     weight: float = 1.0
     params: Mapping[str, Any] = field(default_factory=dict)
+    shaping: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    """Transformations of the log-probs by name, with their parameters, applied in order before the objective."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +196,8 @@ class Schedule(Protocol):
 class Request:
     """One sample to generate. Its noise depends on ``seed`` alone, never on its neighbours in a batch."""
 
-    prompt: str
+    prompt: str | Sequence[Mapping[str, str]]
+    """Text, or a conversation of ``{"role", "content"}`` turns."""
     seed: int
 
 
@@ -177,17 +211,46 @@ class Sampling:
     size: tuple[int, int] | None = None
 
 
-class DiffusionFamily(Protocol):
-    """What draws and estimators need of a diffusion or flow model line. ``net`` is the one module that trains."""
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How to sample text: ``temperature`` 0 is greedy, ``top_p`` 1 the whole distribution."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+
+
+class Family(Protocol):
+    """What every model line has. ``net`` is the one module that trains."""
 
     net: nn.Module
-    schedule: Schedule
 
     @property
     def name(self) -> str: ...
     @property
-    def modality(self) -> Literal["image", "video", "mesh"]: ...
+    def modality(self) -> Literal["image", "video", "mesh", "text"]: ...
+
+
+class DiffusionFamily(Family, Protocol):
+    """What draws and estimators need of a diffusion or flow model line."""
+
+    schedule: Schedule
+
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
+
+
+class TextFamily(Family, Protocol):
+    """What draws and estimators need of a language model."""
+
+    def forward(
+        self,
+        net: nn.Module,
+        ids: Tensor,
+        attention: Tensor | None,
+        positions: Tensor | None,
+        keep: int,
+        values: bool,
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 class Weights(Protocol):

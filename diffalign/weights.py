@@ -6,13 +6,14 @@ role        with a LoRA                                 full weights
 policy      adapter on                                  the network
 reference   adapter off: no second copy                 a frozen copy, made on first use
 average     EMA of the adapter, swapped in              EMA of the network, swapped in
+any other   a frozen network given by the caller        the same (a guide, the previous iterate ...)
 ========== ========================================== ==========================================
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -48,12 +49,21 @@ class Weights:
         net: the network, with a LoRA from :func:`add_lora` or with full weights to train.
         lora: whether the trainable parameters are an adapter.
         ema: decay of the exponential moving average of the trainable parameters, None for none.
+        others: frozen networks by role, for roles that are neither the policy nor made from it.
     """
 
-    def __init__(self, net: nn.Module, *, lora: bool, ema: float | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        lora: bool,
+        ema: float | None = None,
+        others: Mapping[Role, nn.Module] | None = None,
+    ) -> None:
         self.net = net
         self.lora = lora
         self.ema = ema
+        self.others = dict(others or {})
         self._reference: nn.Module | None = None
         if not lora:
             net.requires_grad_(True)
@@ -70,8 +80,8 @@ class Weights:
             UserError: a role that cannot be played.
         """
         for role in roles:
-            if role not in ROLES:
-                raise UserError(f"no weights play the role {role!r}; available: {', '.join(ROLES)}")
+            if role not in ROLES and role not in self.others:
+                raise UserError(f"no weights play the role {role!r}: give a folder as model.others.{role}")
         if "reference" in roles and not self.lora:
             # still requires_grad: torch picks the matmul kernel by it, and a frozen copy would round differently
             self._reference = copy.deepcopy(self.net)
@@ -81,6 +91,8 @@ class Weights:
         """The network as it plays ``role``. Only the policy may be used with gradient."""
         if role == "policy":
             yield self.net
+        elif role in self.others:
+            yield self.others[role]
         elif role == "reference" and self.lora:
             self.net.disable_adapters()  # type: ignore[operator]
             try:

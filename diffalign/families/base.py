@@ -20,7 +20,8 @@ from diffalign.errors import UserError, nearest
 from diffalign.types import Condition, Schedule
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-EMBEDDED = {"shapes": Path(__file__).parent.parent / "worlds" / "shapes" / "weights"}
+WORLDS = Path(__file__).parent.parent / "worlds"
+EMBEDDED = {world: WORLDS / world / "weights" for world in ("shapes", "puzzles")}
 
 
 def family_names() -> list[str]:
@@ -50,8 +51,19 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_family(name: str, path: str, device: str = "auto", adapter: str | None = None) -> DiffusersFamily:
-    """Load a model line from a diffusers folder, a Hub id, or ``embedded:<world>``.
+def family_class(name: str) -> Any:
+    """The class of a family; nothing is loaded.
+
+    Raises:
+        UserError: unknown family.
+    """
+    if name not in family_names():
+        raise UserError(f"unknown family {name!r}{nearest(name, family_names())}")
+    return importlib.import_module(f"diffalign.families.{name}").Family
+
+
+def load_family(name: str, path: str, device: str = "auto", adapter: str | None = None) -> Any:
+    """Load a model line from a diffusers or transformers folder, a Hub id, or ``embedded:<world>``.
 
     Args:
         name: family name.
@@ -60,9 +72,7 @@ def load_family(name: str, path: str, device: str = "auto", adapter: str | None 
     Raises:
         UserError: unknown family, missing or unreadable weights.
     """
-    if name not in family_names():
-        raise UserError(f"unknown family {name!r}{nearest(name, family_names())}")
-    kind: type[DiffusersFamily] = importlib.import_module(f"diffalign.families.{name}").Family
+    kind = family_class(name)
     if path.startswith("embedded:"):
         world = path.removeprefix("embedded:")
         if world not in EMBEDDED:
@@ -75,7 +85,7 @@ def load_family(name: str, path: str, device: str = "auto", adapter: str | None 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the libraries' own progress bars, which would interleave with ours."""
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
@@ -91,7 +101,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _foreign_files(failure: str) -> Iterator[None]:
+def foreign_files(failure: str) -> Iterator[None]:
     """Turns whatever a library raises about files it cannot use into one line of bad input."""
     try:
         yield
@@ -148,6 +158,7 @@ class DiffusersFamily:
     name: str
     modality: Literal["image", "video"] = "image"
     net_name: ClassVar[str] = "transformer"
+    lora_file: ClassVar[str] = LORA_FILE
     pipeline: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     without: ClassVar[tuple[str, ...]] = ()
@@ -181,7 +192,7 @@ class DiffusersFamily:
         if Path(path).exists() or path.startswith((".", "/")):
             libraries = _read_index(Path(path))
             absent = dict.fromkeys(name for name in cls.without if libraries.get(name) is None)
-        with _foreign_files(f"model.path: cannot load {path} as {cls.pipeline}"), _quiet():
+        with foreign_files(f"model.path: cannot load {path} as {cls.pipeline}"), quiet():
             pipe = cls.pipeline_class().from_pretrained(path, dtype=torch.float32, use_safetensors=True, **absent)
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
         broken = [name for name, part in parts.items() if any(p.is_meta for p in part.parameters())]
@@ -292,7 +303,7 @@ class DiffusersFamily:
         """Put a LoRA written by :meth:`save_lora` (or any diffusers LoRA of this family) on the network."""
         if not (folder / LORA_FILE).is_file():
             raise UserError(f"model.adapter: {folder} holds no {LORA_FILE}")
-        with _foreign_files(f"model.adapter: {folder} does not fit this {self.name}"):
+        with foreign_files(f"model.adapter: {folder} does not fit this {self.name}"):
             state, metadata = self.pipeline_class().lora_state_dict(
                 folder, weight_name=LORA_FILE, use_safetensors=True, return_lora_metadata=True
             )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,14 +16,16 @@ from diffalign import records as store
 from diffalign.configfile import dump
 from diffalign.dataset import Dataset, check_records, order
 from diffalign.errors import UserError, nearest
-from diffalign.families.base import DiffusersFamily, load_family
-from diffalign.methods import resolve
-from diffalign.registry import Objective, find_objective
+from diffalign.families.base import family_class, load_family
+from diffalign.methods import modality, needs, resolve
+from diffalign.records import Record
+from diffalign.registry import find_objective
+from diffalign.textset import TextDataset
 from diffalign.train.run import Run, checkpoints, find_checkpoint
 from diffalign.train.step import StepResult, loss_step
 from diffalign.train.update import Update
 from diffalign.types import Batch, Method
-from diffalign.weights import Weights, add_lora
+from diffalign.weights import ROLES, Weights, add_lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +34,10 @@ class Job:
 
     config: cfg.TrainConfig
     method: Method
-    objective: Objective
-    family: DiffusersFamily
+    labels: tuple[str, ...]
+    family: Any
     weights: Weights
-    data: Dataset
+    data: Dataset | TextDataset
     run: Run
     update: Update
 
@@ -55,36 +58,64 @@ def _prepare(config: cfg.TrainConfig) -> Job:
     find_checkpoint(Path(settings.dir), settings.resume)
     if config.model.adapter is not None:
         raise UserError("model.adapter: training starts from the model alone; remove it, or merge it into the model")
-    method = resolve(
-        config.method.name,
-        draw=config.method.draw,
-        estimate=config.method.estimate,
-        objective=config.method.objective,
-    )
-    objective = find_objective(method.main.objective)
+    method = resolve(**config.method.model_dump())
+    needed = needs(*method.terms)
     source = Path(config.data.records)
     records = list(store.read(source))
-    check_records(records, objective, str(source))
+    check_records(records, method, str(source))
+    check_family(method, config.model.family)
 
     family = load_family(config.model.family, config.model.path, config.model.device)
     torch.manual_seed(settings.seed)
     lora = config.model.lora
     if lora is not None:
         add_lora(family.net, lora.rank, lora.alpha, lora.targets or family.lora_targets)
-    weights = Weights(family.net, lora=lora is not None, ema=settings.ema)
-    weights.prepare(objective.roles)
+    if "values" in needed.reads:
+        family.add_value_head()
+    weights = Weights(family.net, lora=lora is not None, ema=settings.ema, others=_others(config.model))
+    weights.prepare(needed.roles)
     optimizer = make_optimizer(weights.trainable(), config.optim)
     scheduler = make_scheduler(optimizer, settings.steps, config.optim.warmup, config.optim.decay)
     run = Run(Path(settings.dir), family.device, settings.precision, settings.seed, settings.keep)
     update = Update(weights.trainable(), optimizer, scheduler, run.sum_over_ranks, config.optim.clip)
 
-    cache = Path(config.data.cache) if config.data.cache else source.parent / "cache"
-    with _progress(run.is_main) as progress:
+    data = _encode(config.data, records, family, run.is_main)
+    labels = (*needed.labels, *(label for label in needed.optional if label in records[0].candidates[0].labels))
+    return Job(config, method, labels, family, weights, data, run, update)
+
+
+def _others(model: cfg.ModelConfig) -> dict[str, torch.nn.Module]:
+    """The frozen networks of roles that are not made from the policy: whole models, or adapters on this one."""
+    nets = {}
+    for role, folder in model.others.items():
+        if role in ROLES:
+            raise UserError(f"model.others: {role} is made from the trained network; give other roles")
+        adapter = (Path(folder) / family_class(model.family).lora_file).is_file()
+        path, lora = (model.path, folder) if adapter else (folder, None)
+        nets[role] = load_family(model.family, path, model.device, lora).net
+    return nets
+
+
+def check_family(method: Method, family: str) -> None:
+    """Refuse a text method on a diffusion model and the other way round, before anything is loaded."""
+    mine = "text" if family_class(family).modality == "text" else "diffusion"
+    if modality(method) != mine:
+        raise UserError(f"model.family: {family} is a {mine} model; {method.name} is for {modality(method)} models")
+
+
+def _encode(data: cfg.DataConfig, records: list[Record], family: Any, visible: bool) -> Dataset | TextDataset:
+    """The records as the family reads them."""
+    source = Path(data.records)
+    with _progress(visible) as progress:
         task = progress.add_task("encode", total=len(records), info="")
-        data = Dataset(
-            records, source.parent, family, cache, config.data.size, lambda n: progress.update(task, completed=n)
-        )
-    return Job(config, method, objective, family, weights, data, run, update)
+
+        def advance(done: int) -> None:
+            progress.update(task, completed=done)
+
+        if family.modality == "text":
+            return TextDataset(records, family, data.max_tokens, advance)
+        cache = Path(data.cache) if data.cache else source.parent / "cache"
+        return Dataset(records, source.parent, family, cache, data.size, advance)
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], optim: cfg.OptimConfig) -> torch.optim.Optimizer:
@@ -116,18 +147,19 @@ def make_scheduler(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def check_start(result: StepResult, objective: Objective) -> None:
+def check_start(result: StepResult, method: Method) -> None:
     """At step 0 policy and reference are one network: log-probs must agree to the bit, and the loss is known.
 
     Raises:
         UserError: a role runs through another numeric path, which would drown the signal for the whole run.
     """
     lp = result.log_probs
-    for role, values in lp.by_role.items():
+    for role, values in ((role, lp.by_role[role]) for role in ("reference", "average") if role in lp.by_role):
         worst = (values - lp.by_role["policy"].detach()).abs().max().item()
         if worst > 0.0:
             raise UserError(f"step 0: role {role!r} differs from the policy by {worst:.2e} in log-prob, expected 0")
-    if objective.identity is not None and result.terms[0].weight > 0:
+    objective = find_objective(method.main.objective)
+    if objective.identity is not None and not method.main.shaping and result.terms[0].weight > 0:
         value = float(result.terms[0].total.detach() / result.terms[0].weight)
         if abs(value - objective.identity) > 1e-5:
             known = f"{objective.name} is {objective.identity:.6f} at policy = reference"
@@ -159,16 +191,17 @@ def _micro_batches(job: Job, step: int) -> Iterator[tuple[Batch, torch.Generator
         generator = run.generator(step, micro)
         start = ((step * settings.accumulate + micro) * run.world + run.rank) * settings.batch
         indices = list(order(len(job.data), settings.seed, start, settings.batch))
-        yield job.data.batch(indices, generator, job.objective.labels), generator
+        yield job.data.batch(indices, generator, job.labels), generator
 
 
 def _step(job: Job, step: int) -> dict[str, float]:
     """One optimiser step; every check that can fail fails before the weights change."""
     rows = []
     for batch, generator in _micro_batches(job, step):
-        result = loss_step(job.method, job.family, job.weights, batch, generator, autocast=job.run.autocast)
+        precision, mean = job.run.autocast, job.run.mean_over_ranks
+        result = loss_step(job.method, job.family, job.weights, batch, generator, autocast=precision, world_mean=mean)
         if step == 0:
-            check_start(result, job.objective)
+            check_start(result, job.method)
         job.update.add(result)
         rows.append(result.metrics)
     metrics = {**_mean(rows), **job.update.collect()}
@@ -224,6 +257,8 @@ def _strength(job: Job) -> str:
     beta = job.method.main.params.get("beta")
     if beta is None:
         return ""
+    if job.family.modality == "text":
+        return f", beta {beta:g} per nat"
     d = job.data.batch([0], torch.Generator(job.family.device), ()).x0[0, 0].numel()
     return f", beta {beta:g} = {beta / d:.3g} per summed log-prob (D = {d})"
 

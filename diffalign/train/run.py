@@ -125,6 +125,11 @@ class Run:
         """Sum over processes."""
         return self.accelerator.reduce(tensor, reduction="sum") if self.world > 1 else tensor  # type: ignore[return-value]
 
+    def mean_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Mean over the elements of every process."""
+        total, count = self.sum_over_ranks(torch.stack([tensor.sum(), tensor.new_tensor(float(tensor.numel()))]))
+        return total / count
+
     # --- directory ----------------------------------------------------------------------------------------------
 
     def open(self, config_yaml: str, resume: str | None) -> Path | None:

@@ -1,20 +1,25 @@
-"""One step of any method on one batch: draw -> estimate -> objective, plus the metrics every method reports."""
+"""One step of any method on one batch: draw -> estimate -> shaping -> objective, and the metrics of every method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffalign.registry import find_objective
-from diffalign.types import Batch, DiffusionFamily, Labels, LogProbs, Method, Term, Weights
+from diffalign.methods import needs
+from diffalign.registry import find_objective, find_shaping
+from diffalign.types import Batch, Family, Labels, LogProbs, Method, Term, Weights
+
+Autocast = Callable[[], AbstractContextManager]
+WorldMean = Callable[[Tensor], Tensor]
 
 
 class TermLoss(NamedTuple):
-    """A term's part of the loss, unreduced across micro-steps and ranks: the loss is ``factor * sum / weight``."""
+    """A part of the loss, unreduced across micro-steps and ranks: the loss is ``factor * total / weight``."""
 
     total: Tensor
     """``sum(w v)`` of this batch, a scalar with graph."""
@@ -37,28 +42,41 @@ class StepResult(NamedTuple):
         return torch.stack([t.factor * t.total / t.weight.clamp_min(1e-30) for t in self.terms]).sum()
 
 
-def _run_term(
-    term: Term,
-    family: DiffusionFamily,
+def term_losses(term: Term, lp: LogProbs, labels: Labels) -> tuple[TermLoss, ...]:
+    """A term's parts on given log-probs: shaping, then the objective, then sums over the batch."""
+    for name, params in term.shaping:
+        lp = find_shaping(name)(lp, labels, **params)
+    losses = find_objective(term.objective)(lp, labels, **term.params)
+    sums = ((loss.weight.detach(), loss.value) for loss in losses)
+    return tuple(TermLoss((weight * value).sum(), weight.sum(), term.weight) for weight, value in sums)
+
+
+def _estimate(
+    terms: Sequence[Term],
+    family: Family,
     weights: Weights,
     batch: Batch,
     generator: torch.Generator,
-    autocast: Callable[[], AbstractContextManager],
-) -> tuple[TermLoss, LogProbs]:
-    objective = find_objective(term.objective)
-    draw = term.draw(family, weights, batch, generator)
-    lp = term.estimate(family, weights, batch, draw, objective.roles, autocast)
-    loss = objective(lp, batch.labels, **term.params)
-    return TermLoss((loss.weight * loss.value).sum(), loss.weight.sum().detach(), term.weight), lp
+    autocast: Autocast,
+    world_mean: WorldMean,
+) -> LogProbs:
+    """The log-probs that the first term draws and estimates, with every role that any of the terms reads."""
+    draw, estimate = terms[0].draw, terms[0].estimate
+    assert draw is not None
+    assert estimate is not None
+    with autocast():  # a draw that runs the network runs it as the roles do
+        drawn = draw(family, weights, batch, generator)
+    return replace(estimate(family, weights, batch, drawn, needs(*terms).roles, autocast), world_mean=world_mean)
 
 
 @torch.no_grad()
 def preference_metrics(lp: LogProbs, labels: Labels, beta: float) -> dict[str, float]:
     """The metrics of DPO-like training, the same names for every method. Implicit accuracy counts ties one half."""
-    present = lp.mask.sum(-1) > 0
+    present = lp.exists > 0
     metrics = {"err/policy": (-lp.mean() / lp.scale)[present].mean().item()}
-    if lp.gap is not None:
-        metrics["gap"] = lp.gap[present].mean().item()
+    if "reference" in lp.gap:
+        gap = torch.where(lp.mask > 0, lp.gap["reference"], 0.0).sum(-1) / lp.lengths
+        metrics["gap"] = gap[present].mean().item()
     if "reference" not in lp.by_role:
         return metrics
     metrics["err/reference"] = (-lp.mean("reference") / lp.scale)[present].mean().item()
@@ -70,6 +88,7 @@ def preference_metrics(lp: LogProbs, labels: Labels, beta: float) -> dict[str, f
     distinct = (reward.gather(1, best) > reward.gather(1, worst))[:, 0]
     if not distinct.any():
         return metrics
+    total = lp.sum()
     drift = (lp.mean("reference") - lp.mean()) / lp.scale
     implicit = beta * lp.ratio()
     chosen, rejected = (implicit.gather(1, index)[distinct, 0] for index in (best, worst))
@@ -80,6 +99,8 @@ def preference_metrics(lp: LogProbs, labels: Labels, beta: float) -> dict[str, f
         "reward/rejected": rejected.mean().item(),
         "reward/margin": margin.mean().item(),
         "reward/accuracy": (0.5 * (1 + margin.sign())).mean().item(),
+        "logp/chosen": total.gather(1, best)[distinct, 0].mean().item(),
+        "logp/rejected": total.gather(1, worst)[distinct, 0].mean().item(),
         "drift/chosen": drift.gather(1, best)[distinct, 0].mean().item(),
         "drift/rejected": drift.gather(1, worst)[distinct, 0].mean().item(),
     }
@@ -87,12 +108,13 @@ def preference_metrics(lp: LogProbs, labels: Labels, beta: float) -> dict[str, f
 
 def loss_step(
     method: Method,
-    family: DiffusionFamily,
+    family: Family,
     weights: Weights,
     batch: Batch,
     generator: torch.Generator,
     *,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    autocast: Autocast = nullcontext,
+    world_mean: WorldMean = torch.mean,
 ) -> StepResult:
     """The loss of one batch under a method.
 
@@ -101,10 +123,17 @@ def loss_step(
         batch: on the family's device.
         generator: all randomness of the step.
         autocast: makes the precision context that every role runs in.
+        world_mean: mean of a detached tensor over all ranks, for objectives with a global statistic (KTO).
     """
-    main, lp = _run_term(method.main, family, weights, batch, generator, autocast)
-    extra = [_run_term(term, family, weights, batch, generator, autocast)[0] for term in method.extra]
-    result = StepResult((main, *extra), {}, lp)
+
+    def run(*terms: Term) -> LogProbs:
+        return _estimate(terms, family, weights, batch, generator, autocast, world_mean)
+
+    lp = run(method.main, *(term for term in method.extra if term.draw is None))
+    losses = list(term_losses(method.main, lp, batch.labels))
+    for term in method.extra:
+        losses += term_losses(term, lp if term.draw is None else run(term), batch.labels)
+    result = StepResult(tuple(losses), {}, lp)
     beta = float(method.main.params.get("beta", 1.0))
     metrics = {"loss": result.loss.item(), **preference_metrics(lp, batch.labels, beta)}
     return result._replace(metrics=metrics)

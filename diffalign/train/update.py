@@ -42,12 +42,14 @@ class Update:
         self._factors: dict[int, float] = {}
 
     def add(self, result: StepResult) -> None:
-        """Back-propagate one micro-step; every term keeps its own gradients, since it has its own total weight."""
+        """Back-propagate one micro-step; every part keeps its own gradients, since it has its own total weight."""
+        last = len(result.terms) - 1
         for index, term in enumerate(result.terms):
             held = self._grads.get(index, [None] * len(self.parameters))
             for parameter, grad in zip(self.parameters, held, strict=True):
                 parameter.grad = grad
-            term.total.backward()
+            if term.total.requires_grad:  # a part may be constant, for example all padding
+                term.total.backward(retain_graph=index < last)
             self._grads[index] = [p.grad for p in self.parameters]
             sums = torch.stack([term.total.detach(), term.weight])
             self._sums[index] = self._sums.get(index, torch.zeros_like(sums)) + sums

@@ -7,27 +7,39 @@ from typing import NamedTuple
 
 import pytest
 
+from diffalign.worlds import WORLDS
+
 LEVELS = (
     {"errors", "types", "registry"},
-    {"schedule", "likelihood", "credit", "objectives", "geneval", "charts"},
+    {
+        *("schedule", "likelihood", "transitions", "timesteps", "edm", "credit", "token_credit", "objectives"),
+        *("anchors", "merging", "games", "diagnostics", "geneval", "charts"),
+    },
     {"files", "families", "weights", "records", "results", "importers", "scoring", "worlds"},
     {"estimate", "samplers", "draws"},
     {"methods"},
     {"config", "configfile"},
-    {"generate", "score", "build", "dataset", "train", "evaluate", "label", "report", "doctor", "quickstart"},
+    {
+        *("generate", "score", "build", "dataset", "textset", "train", "evaluate"),
+        *("label", "report", "doctor", "quickstart"),
+    },
     {"cli", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 SIDEWAYS = {
     "registry": {"errors", "types"},
+    "transitions": {"schedule"},
+    "edm": {"schedule"},
+    "objectives": {"credit"},
     "config": {"configfile"},
     "records": {"files"},
     "weights": {"files"},
     "scoring": {"records"},
     "importers": {"records", "files"},
     "draws": {"estimate"},
-    "train": {"dataset", "generate", "score", "build"},
+    "textset": {"dataset"},
+    "train": {"dataset", "textset", "generate", "score", "build"},
     "evaluate": {"generate", "score"},
     "quickstart": LEVELS[6],
     "__main__": {"cli"},
@@ -156,7 +168,7 @@ def test_scorers_are_reached_by_name_only(modules):
 def test_scorers_know_only_the_protocol(modules):
     for name, item in inside(modules):
         if part(name) == "scorers" and part(item.module) != "scorers":
-            allowed = {"scoring", "errors"} | ({"worlds"} if name == "diffalign.scorers.shapes" else set())
+            allowed = {"scoring", "errors"} | ({"worlds"} if name.rpartition(".")[2] in WORLDS else set())
             assert part(item.module) in allowed, f"{name}:{item.line} imports {item.module}"
 
 

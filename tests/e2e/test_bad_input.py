@@ -71,7 +71,7 @@ def cut(path: Path) -> None:
         ("train", "data.size=[30,30]", ["30x30", "multiples of 8"]),
         ("train", "data.size=[64,64]", ["64x64", "up to 32"]),
         ("generate", "sampling.size=[0,0]", ["0x0", "multiples of 8"]),
-        ("generate", "sampling.sampler=dimm", ["sampling.sampler", "'dimm'", "euler"]),
+        ("generate", "sampling.sampler=dimm", ["sampling.sampler", "'dimm'", "'ddim'"]),
         ("generate", "model.lora={}", ["model.lora", "model.adapter"]),
         ("score", "scorers=[{name: shape}]", ["'shape'", "'shapes'"]),
         ("score", "scorers=[{name: shapes, params: {metrc: x}}]", ["'shapes'", "'metrc'", "metric"]),

@@ -24,10 +24,9 @@ def _estimate(family, weights, batch: Batch, draw, roles, autocast, *, power: fl
     """Log-probs from a linear layer; a masked term does not count records whose ``skip`` is set."""
     value = family(batch.x0)
     policy = -value.abs().pow(power)
-    mask = torch.ones_like(policy)
-    if masked:
-        mask = mask * (1 - batch.cond["skip"])[..., None]
-    return LogProbs({"policy": policy, "reference": -0.3 * batch.x0.sum(-1, keepdim=True).square()}, mask)
+    present = 1 - batch.cond["skip"] if masked else None
+    reference = -0.3 * batch.x0.sum(-1, keepdim=True).square()
+    return LogProbs({"policy": policy, "reference": reference}, torch.ones_like(policy), present=present)
 
 
 def _term(power: float, beta: float, weight: float, masked: bool) -> Term:

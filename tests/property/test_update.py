@@ -59,7 +59,7 @@ def test_a_step_is_the_gradient_of_the_weighted_means():
     weights = []
     for term in linear.METHOD.terms:
         lp = term.estimate(net, net, batch, None, ("reference",), nullcontext)
-        loss = find_objective(term.objective)(lp, batch.labels, **term.params)
+        (loss,) = find_objective(term.objective)(lp, batch.labels, **term.params)
         total = total + term.weight * loss.reduce()
         weights.append(float(loss.weight.sum()))
     assert weights == [8.0, 6.0]  # so that no common divisor would do

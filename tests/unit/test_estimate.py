@@ -84,7 +84,7 @@ def test_scale_is_the_price_of_an_error(scale):
     assert (lp.by_role["policy"] < 0).all()
     for role in ("policy", "reference"):
         torch.testing.assert_close(lp.by_role[role], scale * unit.by_role[role])
-    assert torch.equal(lp.gap, unit.gap)  # a distance of predictions, not a log-prob
+    assert torch.equal(lp.gap["reference"], unit.gap["reference"])  # a distance of predictions, not a log-prob
 
 
 def test_frames_become_units_and_masks_follow():
@@ -103,7 +103,8 @@ def test_gradient_reaches_the_policy_alone():
     family, batch = watched(), batch_of(2, 2, 6)
     lp = denoising(family, family, batch, draw_of(family, batch), ROLES)
     assert [role for role, value in lp.by_role.items() if value.requires_grad] == ["policy"]
-    assert not lp.gap.requires_grad
+    assert set(lp.gap) == set(ROLES)
+    assert lp.gap["reference"].requires_grad  # a regulariser may use it
     lp.ratio().sum().backward()
     assert family.gains["policy"].grad != 0.0
     assert family.gains["reference"].grad is None
@@ -131,7 +132,7 @@ def test_without_a_reference_there_is_no_gap():
     family, batch = watched(), batch_of(1, 2, 6)
     lp = denoising(family, family, batch, draw_of(family, batch), ())
     assert list(lp.by_role) == ["policy"]
-    assert lp.gap is None
+    assert lp.gap == {}
 
 
 # --- a real network ---------------------------------------------------------------------------------------------
@@ -145,12 +146,12 @@ def test_roles_agree_to_the_bit_until_training_begins(lora):
     draw = draws.forward(family, weights, batch, torch.Generator().manual_seed(1))
     lp = denoising(family, weights, batch, draw, ("reference",))
     assert torch.equal(lp.by_role["policy"], lp.by_role["reference"])
-    assert torch.equal(lp.gap, torch.zeros(3, 2))
+    assert torch.equal(lp.gap["reference"], torch.zeros(3, 2, 1))
     tiny.perturb(net)
     moved = denoising(family, weights, batch, draw, ("reference",))
     assert torch.equal(moved.by_role["reference"], lp.by_role["reference"])
     assert (moved.by_role["policy"] - moved.by_role["reference"]).abs().min() > 1e-4
-    assert (moved.gap > 0).all()
+    assert (moved.gap["reference"] > 0).all()
 
 
 def test_the_gradient_trains_the_lora_and_nothing_else():

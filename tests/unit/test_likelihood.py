@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffalign.likelihood import denoising_error, prediction_gap
+from diffalign.likelihood import denoising_error
 from diffalign.types import LogProbs, Loss
 
 
@@ -64,12 +64,6 @@ def test_the_gradient_points_away_from_the_target():
     prediction, target = randn(2, 2, 3, 4).requires_grad_(), randn(2, 2, 3, 4, seed=1)
     denoising_error(prediction, target).sum().backward()
     torch.testing.assert_close(prediction.grad, 2 * (prediction.detach() - target) / 12, rtol=1e-12, atol=0)
-
-
-def test_the_gap_is_the_squared_distance_of_two_predictions():
-    a, b = randn(2, 3, 4), randn(2, 3, 4, seed=1)
-    torch.testing.assert_close(prediction_gap(a, b), (a - b).square().mean(-1), rtol=1e-12, atol=0)
-    assert torch.equal(prediction_gap(a, a), torch.zeros(2, 3, dtype=torch.float64))
 
 
 # --- log-probs ----------------------------------------------------------------------------------------------------

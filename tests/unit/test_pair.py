@@ -11,14 +11,15 @@ from diffalign.types import LogProbs, Loss
 ONE, ZERO = [1.0, 0.0], [0.0, 1.0]
 
 
-def make(policy, reference=None, mask=None) -> LogProbs:
+def make(policy, reference=None, mask=None, present=None) -> LogProbs:
     """From nested lists (B, 2) or (B, 2, U) in float64; the policy takes gradient."""
     policy = torch.tensor(policy, dtype=torch.float64)
     reference = torch.zeros_like(policy) if reference is None else torch.tensor(reference, dtype=torch.float64)
     if policy.ndim == 2:
         policy, reference = policy[..., None], reference[..., None]
     mask = torch.ones_like(policy) if mask is None else torch.tensor(mask, dtype=torch.float64)
-    return LogProbs({"policy": policy.requires_grad_(), "reference": reference}, mask)
+    present = None if present is None else torch.tensor(present)
+    return LogProbs({"policy": policy.requires_grad_(), "reference": reference}, mask, present=present)
 
 
 def run(lp: LogProbs, reward, **params) -> tuple[Loss, torch.Tensor]:
@@ -77,9 +78,9 @@ def test_ties_have_no_weight_and_do_not_dilute():
 
 @pytest.mark.parametrize("absent", [0, 1])
 def test_a_padding_candidate_takes_its_row_out(absent):
-    mask = [[[1.0], [1.0]], [[1.0], [1.0]]]
-    mask[1][absent] = [0.0]
-    loss, gradient = run(make([[0.7, -0.2], [4.0, -4.0]], mask=mask), [ONE, ONE], beta=1.0)
+    present = [[1.0, 1.0], [1.0, 1.0]]
+    present[1][absent] = 0.0
+    loss, gradient = run(make([[0.7, -0.2], [4.0, -4.0]], present=present), [ONE, ONE], beta=1.0)
     assert loss.weight.tolist() == [1.0, 0.0]
     assert gradient[1].tolist() == [0.0, 0.0]
 

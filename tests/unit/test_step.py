@@ -8,17 +8,19 @@ import torch
 from diffalign.train.step import preference_metrics
 from diffalign.types import LogProbs
 
-REWARDS = {"reward/chosen", "reward/rejected", "reward/margin", "reward/accuracy", "drift/chosen", "drift/rejected"}
+REWARDS = {"reward/chosen", "reward/rejected", "reward/margin", "reward/accuracy"}
+REWARDS |= {"logp/chosen", "logp/rejected", "drift/chosen", "drift/rejected"}
 
 
-def metrics(policy, reference=None, reward=None, *, mask=None, gap=None, beta=2.0) -> dict[str, float]:
+def metrics(policy, reference=None, reward=None, *, present=None, gap=None, beta=2.0) -> dict[str, float]:
     """From errors (B, K): log-probs are minus half of them."""
     errors = {"policy": policy} | ({} if reference is None else {"reference": reference})
     by_role = {role: -0.5 * torch.tensor(values)[..., None] for role, values in errors.items()}
-    mask = torch.ones_like(by_role["policy"]) if mask is None else torch.tensor(mask)[..., None]
+    present = None if present is None else torch.tensor(present)
     labels = {} if reward is None else {"reward": torch.tensor(reward)}
-    gap = None if gap is None else torch.tensor(gap)
-    return preference_metrics(LogProbs(by_role, mask, gap, 0.5), labels, beta)
+    gaps = {} if gap is None else {"reference": torch.tensor(gap)[..., None]}
+    mask = torch.ones_like(by_role["policy"])
+    return preference_metrics(LogProbs(by_role, mask, gaps, 0.5, present), labels, beta)
 
 
 def test_values_of_one_pair():
@@ -32,6 +34,8 @@ def test_values_of_one_pair():
             "reward/rejected": -2.0 * 0.5 * 0.3,
             "reward/margin": 0.6,
             "reward/accuracy": 1.0,
+            "logp/chosen": -0.5 * 0.2,
+            "logp/rejected": -0.5 * 0.9,
             "drift/chosen": -0.3,  # errors, so below 0 is better than the reference
             "drift/rejected": 0.3,
         },
@@ -63,7 +67,7 @@ def test_tied_rewards_do_not_count():
 
 def test_padding_counts_nowhere():
     padded = metrics(
-        [[0.2, 0.9, 7.0]], [[0.5, 0.6, 1.0]], [[0.0, -1.0, 5.0]], mask=[[1.0, 1.0, 0.0]], gap=[[0.1, 0.3, 9.0]]
+        [[0.2, 0.9, 7.0]], [[0.5, 0.6, 1.0]], [[0.0, -1.0, 5.0]], present=[[1.0, 1.0, 0.0]], gap=[[0.1, 0.3, 9.0]]
     )
     plain = metrics([[0.2, 0.9]], [[0.5, 0.6]], [[0.0, -1.0]], gap=[[0.1, 0.3]])
     assert padded == plain

@@ -189,7 +189,7 @@ def test_a_lora_of_another_rank_is_refused():
 
 def test_roles_that_nobody_plays():
     weights = make("lora")
-    with pytest.raises(UserError, match="'behaviour'; available: policy, reference, average"):
+    with pytest.raises(UserError, match=r"'behaviour': give a folder as model\.others\.behaviour"):
         weights.prepare(("behaviour",))
     full = Weights(tiny.transformer(), lora=False)
     for role in ("reference", "average", "referense"):
