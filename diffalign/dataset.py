@@ -53,9 +53,16 @@ def check_records(records: Sequence[Record], method: Method, where: str) -> None
     """
     if not records:
         raise UserError(f"{where}: no records")
-    size, _, labels, *_ = needs(*method.terms)
-    labels = tuple(label for label in labels if label not in DERIVED)
+    needed = needs(*method.terms)
+    size, labels = needed.k, [label for label in needed.labels if label not in DERIVED]
     name = method.main.objective
+    most = max(len(record.candidates) for record in records)
+    if needed.listwise and most == 2:
+        raise UserError(
+            f"{where}: objective {name!r} learns from rankings, and every record is a pair; run `diffalign build` with "
+            "rule: ranked, or choose an objective over pairs"
+        )
+    labels += [name for name in needed.optional if any(name in c.labels for r in records for c in r.candidates)]
     for record in records:
         k = len(record.candidates)
         if size is not None and k != size:
@@ -73,7 +80,7 @@ def check_records(records: Sequence[Record], method: Method, where: str) -> None
                     "give every candidate one number, or lists of one length"
                 )
     rewards = [[c.labels.get("reward") for c in r.candidates] for r in records]
-    if size != 1 and "reward" in labels and all(all(v == row[0] for v in row) for row in rewards):
+    if most > 1 and "reward" in labels and all(all(v == row[0] for v in row) for row in rewards):
         raise UserError(f"{where}: all ties: no record prefers one candidate to another, there is nothing to learn")
 
 

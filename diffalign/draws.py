@@ -242,6 +242,8 @@ def transition(
     path = _path(batch)
     b, k, steps = path.prediction.shape[:3]
     usable = int(steps * fraction)
+    if usable == 0:
+        raise UserError(f"draw.fraction: {fraction} of a trajectory of {steps} steps leaves none to train on")
     keys = torch.rand((b, 1 if share else k, usable), generator=generator, device=generator.device)
     index = timesteps.subset(keys, count).expand(b, k, -1).to(path.t.device)
     now, following = (_at(path.t, index + shift) for shift in (0, 1))
@@ -262,11 +264,13 @@ def replay(family: DiffusionFamily, weights: Weights, batch: Batch, generator: t
     """
     path = _path(batch)
     b, k, steps = path.prediction.shape[:3]
-    reward = batch.labels["reward"]
+    reward = batch.labels.get("reward")
+    if reward is None or reward.shape != (b, k):
+        raise UserError("draw 'replay' reads the label 'reward', one number per candidate")
     sampled = reward.argmin(1)
     index = torch.randint(steps, (b, 1, 1), generator=generator, device=generator.device).to(path.t.device)
     index = index.expand(b, k, 1)
-    t = _at(path.t, index)[torch.arange(b), sampled].expand(b, k)
+    t = _at(path.t, index)[:, :, 0].gather(1, sampled[:, None]).expand(b, k)
     noise = torch.randn(batch.x0.shape, generator=generator, device=generator.device)
     expert = expand(reward == reward.amax(1, keepdim=True), noise)
     x_t = torch.where(expert, family.schedule.add_noise(batch.x0, noise, t), _at(path.x, index)[:, :, 0])

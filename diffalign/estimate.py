@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
-from diffalign.likelihood import denoising_error, token_kl, token_log_probs
+from diffalign.likelihood import denoising_error, token_kl, token_log_probs, wide
 from diffalign.objectives.matching import branch_sizes
 from diffalign.schedule import Discrete
 from diffalign.transitions import FLOW_STEPS, Step, ddim
@@ -53,8 +53,8 @@ def denoising(
         summed: sum the squared errors of a unit instead of averaging them, for betas published in that unit (DDO).
 
     Returns:
-        LogProbs (B, K, U) in float32, the gap to every role, and the times as ``extra["t"]``. Where the draw repeats
-        times, (B, K, T), these are the units.
+        LogProbs (B, K, U) in float32 or better, the gap to every role, and the times as ``extra["t"]``. Where the draw
+        repeats times, (B, K, T), these are the units.
     """
     predictions = _predictions(family, weights, batch, draw, roles, autocast)
     if summed:
@@ -83,6 +83,8 @@ def branches(
     Returns:
         LogProbs with ``t``, ``mix`` and the branches' mean absolute errors ``positive`` and ``negative`` as extra.
     """
+    if isinstance(family.schedule, Discrete):
+        raise UserError("estimate 'branches' reads velocities of a flow; this model's schedule is a discrete one")
     predictions = _predictions(family, weights, batch, draw, roles, autocast)
     lp = _errors(predictions, batch, draw, 1.0, ())
     sizes = branch_sizes(predictions["policy"], predictions["behaviour"], draw.target, mix, draw.t.ndim)
@@ -155,7 +157,7 @@ def _predictions(
     roles: Sequence[Role],
     autocast: Autocast,
 ) -> dict[Role, Tensor]:
-    """What every role predicts, shaped like ``draw.x_t``; frozen roles first and without graph."""
+    """What every role predicts, like ``draw.x_t``, in float32 or better; frozen roles first and without graph."""
     lead, dims = draw.t.shape, draw.t.ndim
     x_t, t = draw.x_t.flatten(0, dims - 1), draw.t.flatten()
     cond = flatten_condition(batch.cond, lead[1])
@@ -164,7 +166,7 @@ def _predictions(
 
     def predict(role: Role) -> Tensor:
         with weights.use(role) as net, autocast():
-            return family.predict(net, x_t, t, cond).unflatten(0, lead).float()
+            return wide(family.predict(net, x_t, t, cond)).unflatten(0, lead)
 
     predictions: dict[Role, Tensor] = {}
     with torch.no_grad():
@@ -228,6 +230,10 @@ def tokens(
             return (_packed if packed else _padded)(family, net, of, head)
 
     with torch.no_grad():
+        if mismatched and len(batch.x0) < 2:
+            raise UserError(
+                "estimate.mismatched pairs prompts with completions of other records: set run.batch to 2 or more"
+            )
         if mismatched:
             swapped = next_completions(batch)
             both = {role: run(swapped, role).log_probs for role in ("policy", "reference")}
@@ -263,18 +269,20 @@ def _mask(batch: Batch) -> Tensor:
 
 
 def next_completions(batch: Batch) -> Batch:
-    """The same prompts, each with the completion of the next record (the first's for the last).
+    """The same prompts, each with the completion of the next record that has one (the first's for the last).
 
     Args:
         batch: of tokens; a prompt ends before the first token that counts, a completion begins there.
     """
     attention, mask = batch.cond["attention"], _mask(batch)
+    here = torch.ones(mask.shape[:2]) if batch.present is None else batch.present
     rows = [(b, k) for b in range(len(mask)) for k in range(mask.shape[1])]
     ends = attention.sum(-1)
     starts = torch.where(mask.any(-1), mask.argmax(-1) + 1, ends)
     made = []
     for b, k in rows:
-        other = (b + 1) % len(mask)
+        after = [(b + step) % len(mask) for step in range(1, len(mask) + 1)]
+        other = next((j for j in after if here[j, k] > 0), b)
         start, begin, end = int(starts[b, k]), int(starts[other, k]), int(ends[other, k])
         head, tail = batch.x0[b, k, :start], batch.x0[other, k, begin:end]
         made.append(

@@ -16,33 +16,35 @@ from diffalign import records as store
 from diffalign import score
 from diffalign.errors import UserError
 from diffalign.files import write_json
-from diffalign.generate import claim_images, generate_with, read_prompts, sampling_config
+from diffalign.generate import claim_samples, generate_with, read_prompts, sampling_config
 from diffalign.records import Record
 from diffalign.results import Measured, Results, table
 
 RESAMPLES = 10_000
 SCORED = "scored.jsonl"
 Outcomes = Mapping[str, Mapping[str, Sequence[float]]]
-"""task -> prompt -> one number per image."""
+"""task -> prompt -> one number per sample."""
 
 
 def outcomes(path: Path, label: str) -> dict[str, dict[str, list[float]]]:
-    """Read the judge's label of every image, grouped by task and prompt, in file order."""
+    """Read the judge's label of every sample, grouped by task and prompt, in file order."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in store.read(path):
         task = str(record.meta.get("tag", "all"))
         for candidate in record.candidates:
             value = candidate.labels[label]
             if isinstance(value, list):
-                raise UserError(f"{path}: record {record.id!r}: {label!r} has a value per unit, expected one per image")
+                raise UserError(
+                    f"{path}: record {record.id!r}: {label!r} has a value per unit, expected one per sample"
+                )
             found[task][str(record.prompt)].append(value)
     return {task: dict(prompts) for task, prompts in found.items()}
 
 
 def _task_draws(prompts: Mapping[str, Sequence[float]], rng: np.random.Generator) -> np.ndarray:
-    """(RESAMPLES,) means of a task over prompts drawn with replacement; a prompt brings all of its images."""
-    images = [prompts[prompt] for prompt in sorted(prompts)]  # pairing must not hang on the order of a file
-    sums, counts = np.array([np.sum(values) for values in images]), np.array([len(values) for values in images])
+    """(RESAMPLES,) means of a task over prompts drawn with replacement; a prompt brings all of its samples."""
+    drawn = [prompts[prompt] for prompt in sorted(prompts)]  # pairing must not hang on the order of a file
+    sums, counts = np.array([np.sum(values) for values in drawn]), np.array([len(values) for values in drawn])
     drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
     return sums[drawn].sum(1) / counts[drawn].sum(1)
 
@@ -50,7 +52,7 @@ def _task_draws(prompts: Mapping[str, Sequence[float]], rng: np.random.Generator
 def bootstrap(found: Outcomes, seed: int = 0) -> dict[str, np.ndarray]:
     """Bootstrap distribution of every task's mean and of ``overall``, the unweighted mean over tasks (GenEval).
 
-    Prompts are the unit: they are resampled within their task, with all their images. The draws depend on ``seed``
+    Prompts are the unit: they are resampled within their task, with all their samples. The draws depend on ``seed``
     and the task's name alone, so two models judged on the same prompts get paired draws.
     """
     draws = {}
@@ -76,7 +78,7 @@ def compare(policy: Outcomes, against: Outcomes | None = None) -> dict[str, Meas
         UserError: the two were not judged on the same prompts.
     """
     if against is not None and _counts(policy) != _counts(against):
-        raise UserError("the two models were not judged on the same prompts and images; evaluate them together")
+        raise UserError("the two models were not judged on the same prompts and samples; evaluate them together")
     means, draws = _means(policy), bootstrap(policy)
     base_means, base_draws = (_means(against), bootstrap(against)) if against is not None else ({}, {})
     rows = {}
@@ -110,10 +112,10 @@ def _print(results: Results) -> None:
 
 
 def _judge(config: cfg.EvalConfig, model: cfg.ModelConfig, prompts: list[Record], out: Path) -> Outcomes:
-    """Generate and score one model's images below ``out``; both stages resume."""
-    claim_images(out, model, prompts, config.model_dump(mode="json", exclude={"model", "against", "out", "note"}))
-    images = generate_with(config, model, prompts, out, title=f"sample {out.name}")
-    scored = score.run(cfg.ScoreConfig(records=str(images), out=str(out / SCORED), scorers=[config.judge]))
+    """Generate and score one model's samples below ``out``; both stages resume."""
+    claim_samples(out, model, prompts, config.model_dump(mode="json", exclude={"model", "against", "out", "note"}))
+    made = generate_with(config, model, prompts, out, title=f"sample {out.name}")
+    scored = score.run(cfg.ScoreConfig(records=str(made), out=str(out / SCORED), scorers=[config.judge]))
     return outcomes(scored, config.judge.label or config.judge.name)
 
 

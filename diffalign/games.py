@@ -105,7 +105,8 @@ def play(
     policies = []
     for _ in range(steps):
         hat = update(policy, preference, reference, eta, tau)
-        policy = _normalised(hat.log() + momentum * (hat.log() - before.log())) if momentum else hat
+        ahead = torch.where(hat > 0, hat.log() - before.log(), 0.0)  # what nobody plays stays unplayed
+        policy = _normalised(hat.log() + momentum * ahead) if momentum else hat
         before = hat
         policies.append(policy)
     return torch.stack(policies)
@@ -138,4 +139,4 @@ def exploitability(policy: Tensor, preference: Tensor) -> Tensor:
 
 def kl(first: Tensor, second: Tensor) -> Tensor:
     """``KL(first || second)`` of policies (..., n)."""
-    return torch.special.xlogy(first, first / second).sum(-1)
+    return torch.special.xlogy(first, torch.where(first > 0, first / second, 1.0)).sum(-1)

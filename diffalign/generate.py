@@ -209,7 +209,7 @@ def load_model(model: cfg.ModelConfig) -> Any:
 
 
 def model_identity(model: cfg.ModelConfig) -> dict[str, Any]:
-    """What decides the images of a model: its config, and the content of an adapter that training may replace."""
+    """What decides the samples of a model: its config, and the content of an adapter that training may replace."""
     weights = Path(model.adapter or "", family_class(model.family).lora_file)
     digest = _content_digest(weights) if model.adapter and weights.is_file() else None
     return {**model.model_dump(mode="json"), "adapter_sha256": digest}
@@ -230,10 +230,10 @@ def model_name(model: cfg.ModelConfig) -> str:
     return model.path if model.adapter is None else f"{model.path}+{model.adapter}"
 
 
-def claim_images(
+def claim_samples(
     out: Path, model: cfg.ModelConfig, prompts: Sequence[Record], settings: Mapping[str, Any], *, write: bool = True
 ) -> None:
-    """Tie a folder of images to the model and the settings that decide them; see :func:`diffalign.files.claim`."""
+    """Tie a folder of samples to the model and the settings that decide them; see :func:`diffalign.files.claim`."""
     identity = {**settings, "model": model_identity(model), "count": len(prompts)}
     claim(out / RECORDS, identity, out / "media", write=write)
 
@@ -265,7 +265,7 @@ def run(config: cfg.GenerateConfig, dry_run: bool = False) -> Path:
     sampling_config(config, config.model.family)
     prompts = read_prompts(config.prompts, config.seed)
     out = Path(config.out)
-    claim_images(out, config.model, prompts, config.model_dump(mode="json", exclude={"out"}), write=not dry_run)
+    claim_samples(out, config.model, prompts, config.model_dump(mode="json", exclude={"out"}), write=not dry_run)
     if dry_run:
         print(f"would sample {len(prompts)} prompts x {config.candidates} candidates into {out}")
         return out / RECORDS

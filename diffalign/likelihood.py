@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def _wide(values: Tensor) -> Tensor:
+def wide(values: Tensor) -> Tensor:
     """In float32 or better."""
     return values if values.element_size() >= 4 else values.float()
 
@@ -28,8 +28,8 @@ def denoising_error(prediction: Tensor, target: Tensor, keep: Sequence[int] = ()
     Returns:
         (B, K, U) with U = 1 when nothing is kept.
     """
-    wide = _wide(prediction)
-    error = (wide - target.to(wide.dtype)).square()
+    prediction = wide(prediction)
+    error = (prediction - target.to(prediction.dtype)).square()
     kept = {dim % error.ndim for dim in keep}
     over = [dim for dim in range(2, error.ndim) if dim not in kept]
     error = error.mean(over) if over else error
@@ -46,8 +46,8 @@ def token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     Returns:
         (...), without ever holding a second (..., V) of log-probabilities.
     """
-    wide = _wide(logits)
-    return wide.gather(-1, ids[..., None])[..., 0] - wide.logsumexp(-1)
+    logits = wide(logits)
+    return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
 
 
 def token_kl(reference_logits: Tensor, policy_logits: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def token_kl(reference_logits: Tensor, policy_logits: Tensor) -> Tensor:
 
     Swapped arguments give ``KL(policy || reference)``. Tokens that the first excludes (logit -inf) add nothing.
     """
-    first, second = (_wide(logits).log_softmax(-1) for logits in (reference_logits, policy_logits))
+    first, second = (wide(logits).log_softmax(-1) for logits in (reference_logits, policy_logits))
     possible = first > -torch.inf
     difference = torch.where(possible, first, 0.0) - torch.where(possible, second, 0.0)
     return (first.exp() * difference).sum(-1)
@@ -73,5 +73,5 @@ def geometric_mixture(policy_logits: Tensor, reference_logits: Tensor, mixture: 
     if not 0 <= mixture <= 1:
         raise ValueError(f"a mixture weight is in [0, 1], not {mixture}")
     ends = ((1 - mixture, policy_logits), (mixture, reference_logits))
-    terms = [weight * _wide(logits) for weight, logits in ends if weight]  # 0 * -inf would be NaN
+    terms = [weight * wide(logits) for weight, logits in ends if weight]  # 0 * -inf would be NaN
     return torch.stack(terms).sum(0).log_softmax(-1)

@@ -168,6 +168,8 @@ class Needs(NamedTuple):
     optional: tuple[str, ...]
     """Labels that are read where the records have them."""
     reads: tuple[str, ...]
+    listwise: bool
+    """Whether pairs are not enough."""
 
 
 def needs(*terms: Term) -> Needs:
@@ -179,12 +181,18 @@ def needs(*terms: Term) -> Needs:
     optional = dict.fromkeys(label for objective in objectives for label in objective.optional)
     reads = dict.fromkeys(entry for objective in objectives for entry in objective.reads)
     k = next((objective.k for objective in objectives if objective.k is not None), None)
-    return Needs(k, tuple(roles), tuple(labels), tuple(optional), tuple(reads))
+    listwise = any(objective.listwise for objective in objectives)
+    return Needs(k, tuple(roles), tuple(labels), tuple(optional), tuple(reads), listwise)
 
 
 def modality(method: Method) -> str:
     """``"text"`` or ``"diffusion"``: what the main term's estimate runs on."""
     return "text" if _unwrapped(method.main.estimate) is estimate.tokens else "diffusion"
+
+
+def reads_paths(method: Method) -> bool:
+    """Whether it learns from sampling trajectories, which records do not hold."""
+    return any(_unwrapped(term.draw) in (draws.transition, draws.replay) for term in method.terms)
 
 
 def resolve(
@@ -269,22 +277,25 @@ def _check(term: Term, method: Method) -> None:
         if shaping.over == "differences" and not objective.differences:
             only = f"shaping {shaping.name!r} is for objectives that read nothing but differences of log-ratios"
             raise UserError(f"{only}; {objective.name!r} reads more")
-    _check_reads(objective, term.estimate or method.main.estimate, method.name)
+    _check_reads(objective, term.estimate or method.main.estimate, method)
     sizes = {k for t in method.terms if (k := find_objective(t.objective).k) is not None}
     if len(sizes) > 1:
         raise UserError(f"{method.name}: its objectives want different numbers of candidates: {sorted(sizes)}")
 
 
-def _check_reads(objective: Objective, part: Callable[..., Any] | None, method: str) -> None:
+def _check_reads(objective: Objective, part: Callable[..., Any] | None, method: Method) -> None:
     """Refuse an objective that reads what the estimate does not give, or gives only on demand."""
     given = estimate.GIVES.get(_unwrapped(part))
     if given is None:  # somebody else's estimate
         return
     asked = part.keywords if isinstance(part, partial) else {}
     for entry in objective.reads:
+        kind, _, entry = entry.rpartition(":")  # "text:..." is for text alone
+        if kind and kind != modality(method):
+            continue
         name = entry.split(".")[0]
         if name not in given:
-            raise UserError(f"objective {objective.name!r} reads {entry!r}, which the estimate of {method} lacks")
+            raise UserError(f"objective {objective.name!r} reads {entry!r}, which the estimate of {method.name} lacks")
         switch = given[name]
         if switch is not None and not asked.get(switch):
             raise UserError(f"objective {objective.name!r} reads {entry!r}: set method.estimate.{switch}=true")

@@ -18,9 +18,11 @@ from diffalign.types import Labels, LogProbs, Loss, Role, parts
 class Objective:
     """A registered loss and what it needs.
 
-    ``k`` None means any number of candidates; ``reads`` names entries of ``LogProbs.extra`` and ``"gap.<role>"``;
+    ``k`` None means any number of candidates; ``reads`` names entries of ``LogProbs.extra`` and ``"gap.<role>"``, after
+    ``"text:"`` for text alone;
     ``fits`` says which modalities it makes sense for; ``identity`` is its value wherever policy = reference, None if
-    that depends on the data; ``differences``: it reads nothing but the difference of the two log-ratios.
+    that depends on the data; ``differences``: it reads nothing but the difference of the two log-ratios; ``listwise``:
+    it learns from an order of three or more; ``vectors``: labels that may be (B, K, ...), where others are (B, K).
     """
 
     name: str
@@ -32,10 +34,22 @@ class Objective:
     reads: tuple[str, ...]
     fits: tuple[str, ...]
     identity: float | None
-    optional: tuple[str, ...] = ()
-    differences: bool = False
+    optional: tuple[str, ...]
+    differences: bool
+    listwise: bool
+    vectors: tuple[str, ...]
 
     def __call__(self, lp: LogProbs, labels: Labels, **params: Any) -> tuple[Loss, ...]:
+        """The parts of the loss.
+
+        Raises:
+            UserError: the batch has another number of candidates, or lacks a label or has it in another shape.
+        """
+        k = lp.mask.shape[1]
+        if self.k not in (None, k):
+            raise UserError(f"objective {self.name!r} needs exactly {self.k} candidates per record, the batch has {k}")
+        given = (label for label in self.optional if label in labels)
+        _check_labels(f"objective {self.name!r}", (*self.labels, *given), self.vectors, lp, labels)
         return parts(self.fn(lp, labels, **params))
 
 
@@ -53,9 +67,28 @@ class Shaping:
     labels: tuple[str, ...]
     over: Literal["any", "pairs", "differences"]
     fits: tuple[str, ...]
+    vectors: tuple[str, ...]
 
     def __call__(self, lp: LogProbs, labels: Labels, **params: Any) -> LogProbs:
+        """The log-probs in another form.
+
+        Raises:
+            UserError: the batch lacks a label or has it in another shape.
+        """
+        _check_labels(f"shaping {self.name!r}", self.labels, self.vectors, lp, labels)
         return self.fn(lp, labels, **params)
+
+
+def _check_labels(part: str, names: Sequence[str], vectors: Sequence[str], lp: LogProbs, labels: Labels) -> None:
+    """Refuse a batch that lacks a label, or has several numbers per candidate of one that is a single number."""
+    b, k = lp.mask.shape[:2]
+    for name in names:
+        if name not in labels:
+            raise UserError(f"{part} reads the label {name!r}, which the batch lacks")
+        shape = tuple(labels[name].shape)
+        if shape[:2] != (b, k) or (len(shape) > 2 and name not in vectors):
+            wanted = f"({b}, {k}, ...)" if name in vectors else (b, k)
+            raise UserError(f"{part}: label {name!r} has shape {shape}, not {wanted}")
 
 
 OBJECTIVES: dict[str, Objective] = {}
@@ -73,6 +106,8 @@ def objective(
     identity: float | None = None,
     optional: Sequence[str] = (),
     differences: bool = False,
+    listwise: bool = False,
+    vectors: Sequence[str] = (),
 ) -> Callable[[Callable[..., Loss | tuple[Loss, ...]]], Callable[..., Any]]:
     """Register a pure function ``(lp, labels, *, params) -> Loss`` (or several parts) under its own name.
 
@@ -86,15 +121,14 @@ def objective(
         identity: value per record at policy = reference; every run checks it at step 0.
         optional: labels it reads where the records have them.
         differences: it reads nothing but the difference of the two candidates' log-ratios to the reference.
+        listwise: it learns from an order of three or more; records of pairs alone are refused.
+        vectors: labels that may hold several numbers per candidate (B, K, ...); others are refused unless (B, K).
     """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
         needs = (tuple(roles), tuple(labels), tuple(reads), tuple(fits))
-        _add(
-            OBJECTIVES,
-            "objective",
-            Objective(fn.__name__, fn, k, paper, *needs, identity, tuple(optional), differences),
-        )
+        kind = (identity, tuple(optional), differences, listwise, tuple(vectors))
+        _add(OBJECTIVES, "objective", Objective(fn.__name__, fn, k, paper, *needs, *kind))
         return fn
 
     return register
@@ -107,6 +141,7 @@ def shaping(
     labels: Sequence[str] = (),
     over: Literal["any", "pairs", "differences"] = "any",
     fits: Sequence[str] = ("diffusion", "text"),
+    vectors: Sequence[str] = (),
 ) -> Callable[[Callable[..., LogProbs]], Callable[..., LogProbs]]:
     """Register a pure function ``(lp, labels, *, params) -> LogProbs`` under its own name.
 
@@ -117,10 +152,12 @@ def shaping(
         over: which objectives it composes with: any, those over pairs, or those that read differences of log-ratios
             alone, since only these mean something in its output.
         fits: ``"diffusion"``, ``"text"`` or both.
+        vectors: as of :func:`objective`.
     """
 
     def register(fn: Callable[..., LogProbs]) -> Callable[..., LogProbs]:
-        _add(SHAPINGS, "shaping", Shaping(fn.__name__, fn, paper, tuple(roles), tuple(labels), over, tuple(fits)))
+        kind = (over, tuple(fits), tuple(vectors))
+        _add(SHAPINGS, "shaping", Shaping(fn.__name__, fn, paper, tuple(roles), tuple(labels), *kind))
         return fn
 
     return register

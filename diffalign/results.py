@@ -17,7 +17,7 @@ class _Read(BaseModel):
 class Measured(_Read):
     """A score with its 95 % interval and, next to a baseline, the paired difference."""
 
-    n: int | None = Field(None, description="images; given per task")
+    n: int | None = Field(None, description="samples; given per task")
     policy: float
     interval: Interval
     against: float | None = None

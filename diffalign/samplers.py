@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from diffalign.errors import UserError
 from diffalign.transitions import Step
 from diffalign.types import Condition, DiffusionFamily, Path
 
@@ -114,7 +115,7 @@ def sa_solver(
     times, steps = grid.tolist(), len(grid) - 1
     warm = max(predictor_order, corrector_order - 1)
     if times[0] >= 1 or steps < warm:
-        raise ValueError(f"SA-Solver needs times below 1 and at least {warm} steps, got {times[0]} and {steps}")
+        raise UserError(f"SA-Solver needs times below 1 and at least {warm} steps, got {times[0]} and {steps}")
     _note(states, x)
     found = [(times[0], x - times[0] * predict(x, grid[0]))]
     for step in range(1, steps):
@@ -169,7 +170,8 @@ def sa_grid(grid: Tensor) -> Tensor:
     """AWM's edits of a flow grid for SA-Solver: start at 0.999, last time above 0 half of the one before."""
     out = grid.clone()
     out[0] = out[0].clamp_max(0.999)
-    out[-2] = out[-3] / 2
+    if len(out) > 2:
+        out[-2] = out[-3] / 2
     return out
 
 

@@ -33,6 +33,8 @@ def strata(kind: Kind, count: int, levels: int) -> tuple[Tensor, Tensor]:
 def discrete(kind: Kind, count: int, levels: int, u: Tensor) -> Tensor:
     """(count,) grid indices: one uniform number (in [0, 1)) per stratum."""
     lower, upper = (bound.to(u.device) for bound in strata(kind, count, levels))
+    if u.shape != lower.shape:
+        raise ValueError(f"{kind}: {len(lower)} uniform numbers expected, got {tuple(u.shape)}")
     index = lower + (u * (upper - lower)).long()
     return torch.cat([index.new_zeros(1), index]) if kind == "discrete_with_init" else index
 
@@ -58,6 +60,8 @@ def logit_normal(u: Tensor, order: Tensor, shifted: Callable[[Tensor], Tensor], 
         shifted: the schedule's static shift.
         floor: 0.01 in the release.
     """
+    if u.ndim != 1 or u.shape != order.shape:
+        raise ValueError(f"logit_normal: one number per time expected, got {tuple(u.shape)} and {tuple(order.shape)}")
     cut = (torch.arange(len(u), dtype=u.dtype, device=u.device) + u) / len(u)
     quantile = torch.special.ndtri(cut.clamp(1e-7, 1 - 1e-7))
     return shifted(quantile[order].sigmoid()).clamp_min(floor)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import UserError
+from diffalign.likelihood import wide
 from diffalign.schedule import expand
 
 Parametrisation = Literal["epsilon", "v_prediction", "sample"]
@@ -64,10 +65,6 @@ def _like(level: Tensor, x: Tensor) -> Tensor:
     return expand(level, x).to(x.dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.element_size() >= 4 else x.float()
-
-
 def clean_and_noise(
     prediction: Tensor, x_t: Tensor, alpha_bar: Tensor, parametrisation: Parametrisation
 ) -> tuple[Tensor, Tensor]:
@@ -99,7 +96,7 @@ def ddim(
     """
     ab, ab_next = level.double(), following.double()
     std = noise_level * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)).sqrt()
-    x = _wide(x_t)
+    x = wide(x_t)
     clean, noise = clean_and_noise(prediction.to(x.dtype), x, level, parametrisation)
     mean = _like(ab_next.sqrt(), x) * clean + _like((1 - ab_next - std.square()).sqrt(), x) * noise
     return Step(mean, std.to(x.dtype), std.to(x.dtype))
@@ -135,7 +132,7 @@ def dance(prediction: Tensor, x_t: Tensor, level: Tensor, following: Tensor, *, 
 
 def _reverse_sde(prediction: Tensor, x_t: Tensor, s: Tensor, s_next: Tensor, g: Tensor) -> Step:
     """``mean = x - d v - d g^2 / (2 s) (x + (1 - s) v)``, ``std = g sqrt(d)``, with ``d = s - s'``."""
-    x, d = _wide(x_t), s - s_next
+    x, d = wide(x_t), s - s_next
     v = prediction.to(x.dtype)
     pull = _like(d * g.square() / (2 * s), x)
     mean = x - _like(d, x) * v - pull * (x + _like(1 - s, x) * v)
@@ -150,7 +147,7 @@ def cps(prediction: Tensor, x_t: Tensor, level: Tensor, following: Tensor, *, no
     """
     s, s_next = level.double(), following.double()
     std = s_next * math.sin(noise_level * math.pi / 2)
-    x = _wide(x_t)
+    x = wide(x_t)
     v = prediction.to(x.dtype)
     clean, noise = x - _like(s, x) * v, x + _like(1 - s, x) * v
     mean = _like(1 - s_next, x) * clean + _like((s_next.square() - std.square()).sqrt(), x) * noise

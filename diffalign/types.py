@@ -6,6 +6,7 @@ none), ``...`` latent dimensions. Times are in [0, 1], 0 = clean data, 1 = noise
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -84,6 +85,15 @@ class Draw:
     x_prev: Tensor | None = None
 
 
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the last dimension of what a mask of 0 and 1 counts, whatever stands elsewhere, NaN included."""
+    if values.is_cpu:  # where selecting is eight times slower than multiplying
+        total = (values * mask).sum(-1)
+        if math.isfinite(float(total.detach().sum())):
+            return total
+    return torch.where(mask > 0, values, 0.0).sum(-1)
+
+
 @dataclass(frozen=True, slots=True)
 class LogProbs:
     """Log-probabilities by role: nats for text, minus a scaled denoising error for diffusion."""
@@ -106,7 +116,7 @@ class LogProbs:
 
     def sum(self, role: Role = "policy") -> Tensor:
         """(B, K): summed over the units that count."""
-        return torch.where(self.mask > 0, self.by_role[role], 0.0).sum(-1)
+        return masked_sum(self.by_role[role], self.mask)
 
     def mean(self, role: Role = "policy") -> Tensor:
         """(B, K): per unit; 0 for a candidate without units."""
@@ -125,8 +135,8 @@ class LogProbs:
     @property
     def exists(self) -> Tensor:
         """(B, K): 1.0 for real candidates, 0.0 for padding."""
-        here = torch.ones_like(self.mask[..., 0]) if self.present is None else self.present
-        return here.to(self.by_role["policy"].dtype)
+        policy = self.by_role["policy"]
+        return policy.new_ones(self.mask.shape[:-1]) if self.present is None else self.present.to(policy.dtype)
 
 
 class Loss(NamedTuple):

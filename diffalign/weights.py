@@ -82,6 +82,8 @@ class Weights:
         for role in roles:
             if role not in ROLES and role not in self.others:
                 raise UserError(f"no weights play the role {role!r}: give a folder as model.others.{role}")
+            if role == "average" and self.average is None:
+                raise UserError("role 'average' is the moving average of the policy: set run.ema")
         if "reference" in roles and not self.lora:
             # still requires_grad: torch picks the matmul kernel by it, and a frozen copy would round differently
             self._reference = copy.deepcopy(self.net)

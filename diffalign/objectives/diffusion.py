@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffalign.objectives.links import logistic
-from diffalign.objectives.pair import oriented
+from diffalign.objectives.pair import oriented, per_unit
 from diffalign.registry import objective
 from diffalign.types import Labels, LogProbs, Loss, Role
 
@@ -74,6 +74,7 @@ def smoothed(
     roles=("reference",),
     identity=math.log(2),
     optional=("segment",),
+    vectors=("reward", "segment"),
 )
 def dense(
     lp: LogProbs,
@@ -100,7 +101,7 @@ def dense(
     weight = (counted.sum(1) > 0) * lp.exists.prod(1)
     if segment_reduction != "per_segment":
         return Loss(logistic(beta * dense_margin(lp, labels, segment_reduction)), weight)
-    means, share = _by_segment(gap, counted, labels.get("segment"))
+    means, share = _by_segment(gap, counted, _segment(lp, labels))
     return Loss((share * logistic(beta * means)).sum(1) / share.sum(1).clamp_min(1), weight)
 
 
@@ -108,25 +109,29 @@ def dense_margin(lp: LogProbs, labels: Labels, segment_reduction: str) -> Tensor
     """(B,): the winner's log-ratio less the loser's, averaged over the units that count, or per segment and summed."""
     gap, counted = _gaps(lp, labels)
     if segment_reduction == "segment_sum":
-        means, share = _by_segment(gap, counted, labels.get("segment"))
+        means, share = _by_segment(gap, counted, _segment(lp, labels))
         return (share * means).sum(1)
     return gap.sum(1) / counted.sum(1).clamp_min(1)
 
 
 def _gaps(lp: LogProbs, labels: Labels) -> tuple[Tensor, Tensor]:
     """(B, U): the winner's log-ratio less the loser's per unit, and 1 for units with a winner in both candidates."""
-    reward = labels["reward"] if labels["reward"].ndim == 3 else labels["reward"][..., None]
+    reward = per_unit(lp, labels, "reward")
     ratio = torch.where(lp.mask > 0, lp.by_role["policy"] - lp.by_role["reference"], 0.0)
     side = torch.sign(reward[:, 0] - reward[:, 1]).to(ratio.dtype)
     counted = (lp.mask > 0).all(1) * side.abs()
     return counted * side * (ratio[:, 0] - ratio[:, 1]), counted
 
 
+def _segment(lp: LogProbs, labels: Labels) -> Tensor | None:
+    """(B, 2, U): which segment a unit belongs to, None for each its own."""
+    return per_unit(lp, labels, "segment").expand_as(lp.mask) if "segment" in labels else None
+
+
 def _by_segment(gap: Tensor, counted: Tensor, segment: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, U): the mean gap of the segment of a unit, and shares that sum to 1 over what counts of a segment."""
     if segment is None:
         return gap, counted
-    segment = (segment if segment.ndim == 3 else segment[..., None]).expand(-1, -1, gap.shape[1])
     together = (segment[..., None] == segment[..., None, :]).all(1).to(gap.dtype)
     size = (together @ counted[..., None])[..., 0].clamp_min(1)
     return (together @ gap[..., None])[..., 0] / size, counted / size

@@ -1,8 +1,7 @@
-"""Losses of one number: of a margin that should be large, and the logarithm of a complement."""
+"""Losses of one number: a margin that should be large."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -35,13 +34,3 @@ LINKS: dict[str, Callable[[Tensor], Tensor]] = {
     "savage": lambda z: torch.sigmoid(-z).square(),
 }
 """GPO's family (arXiv:2402.05749 table 1); all but savage are convex."""
-
-
-def log1mexp(x: Tensor) -> Tensor:
-    """``log(1 - exp(x))`` for x <= 0. At 0, where it is -inf, x counts as the nearest smaller number, without gradient.
-
-    Each branch is accurate on its side of ``-ln 2`` and finite on the other, so that no NaN gets through ``where``.
-    """
-    x = x.clamp_max(-torch.finfo(x.dtype).eps)
-    near, far = x.clamp_min(-math.log(2)), x.clamp_max(-math.log(2))
-    return torch.where(x > -math.log(2), torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))

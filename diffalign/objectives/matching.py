@@ -59,7 +59,13 @@ def matching_score(lp: LogProbs, labels: Labels, *, weighting: Weighting = "Unif
     return replace(lp, by_role={role: score(value) for role, value in lp.by_role.items()}, scale=1.0)
 
 
-@objective(k=None, paper="arXiv:2509.25050, on-policy loss equation", labels=("advantage",), fits=("diffusion",))
+@objective(
+    k=None,
+    paper="arXiv:2509.25050, on-policy loss equation",
+    labels=("advantage",),
+    fits=("diffusion",),
+    vectors=("advantage",),
+)
 def advantage_weighted(
     lp: LogProbs, labels: Labels, *, adv_clip_max: float | None = 5.0, advantage_max: float | None = 1.0
 ) -> Loss:
@@ -171,6 +177,7 @@ def branch_losses(lp: LogProbs) -> tuple[Tensor, Tensor]:
     labels=("advantage",),
     reads=("gap.behaviour", "t", "mix", "positive", "negative"),
     fits=("diffusion",),
+    vectors=("advantage",),
 )
 def nft(lp: LogProbs, labels: Labels, *, adv_clip_max: float = 5.0, adv_mode: Mode = "all") -> Loss:
     """DiffusionNFT: ``M (r P + (1 - r) N) / b`` with ``r = clip(A / (2 M) + 1 / 2, 0, 1)``.

@@ -20,14 +20,35 @@ Normalize = Literal["sum", "mean"]
 Link = Literal["logistic", "hinge", "squared", "exponential", "truncated_quadratic", "savage"]
 
 
+def side(labels: Labels, like: Tensor) -> Tensor:
+    """(B, 2): 1 for the preferred candidate and -1 for the other, 0 for both at a tie."""
+    reward = labels["reward"]
+    return torch.sign(reward - reward.flip(1)).to(like.dtype)
+
+
+def per_unit(lp: LogProbs, labels: Labels, name: str) -> Tensor:
+    """(B, K, U), or (B, K, 1) for all units alike: a label that may be given either way.
+
+    Raises:
+        UserError: it has another number of units than the log-probs.
+    """
+    value = labels[name] if labels[name].ndim == 3 else labels[name][..., None]
+    if value.shape[-1] not in (1, lp.mask.shape[-1]):
+        raise UserError(
+            f"label {name!r} has {value.shape[-1]} units per candidate, the samples have {lp.mask.shape[-1]}"
+        )
+    return value
+
+
 def oriented(values: Tensor, lp: LogProbs, labels: Labels) -> tuple[Tensor, Tensor]:
     """A value (B, 2) of the preferred candidate minus that of the other.
 
     Returns:
         difference (B,) and weight (B,): 0 for ties and for rows in which a candidate is padding.
     """
-    preference = torch.sign(labels["reward"][:, 0] - labels["reward"][:, 1]).to(values.dtype)
-    return preference * (values[:, 0] - values[:, 1]), preference.abs() * lp.exists.prod(1)
+    sign = side(labels, values)
+    weight = sign[:, 0].abs()
+    return (sign * values).sum(1), weight if lp.present is None else weight * lp.exists.prod(1)
 
 
 def oriented_margin(lp: LogProbs, labels: Labels, how: Normalize = "sum") -> tuple[Tensor, Tensor]:
@@ -37,8 +58,7 @@ def oriented_margin(lp: LogProbs, labels: Labels, how: Normalize = "sum") -> tup
 
 def preferred(values: Tensor, labels: Labels) -> Tensor:
     """(B,): the value (B, 2) of the preferred candidate; the mean of both at a tie, where it has no weight."""
-    first = 0.5 * (1 + torch.sign(labels["reward"][:, 0] - labels["reward"][:, 1]).to(values.dtype))
-    return first * values[:, 0] + (1 - first) * values[:, 1]
+    return 0.5 * ((1 + side(labels, values)) * values).sum(1)
 
 
 @objective(

@@ -66,9 +66,10 @@ def verdicts(lp: LogProbs, labels: Labels) -> tuple[Tensor, Tensor]:
 
 def reference_point(lp: LogProbs) -> Tensor:
     """The mean log-ratio over batch and ranks, at least 0, without gradient: of mismatched completions if given."""
-    ratio = lp.extra["mismatched"] if "mismatched" in lp.extra else lp.ratio()
-    total = lp.world_mean(torch.where(lp.exists > 0, ratio, 0.0).detach())
-    return (total / lp.world_mean(lp.exists).clamp_min(torch.finfo(total.dtype).tiny)).clamp_min(0)
+    ratio = lp.extra.get("mismatched", lp.ratio()).detach()
+    here = lp.exists if ratio.shape == lp.exists.shape else torch.ones_like(ratio)
+    total = lp.world_mean(torch.where(here > 0, ratio, 0.0))
+    return (total / lp.world_mean(here).clamp_min(torch.finfo(total.dtype).tiny)).clamp_min(0)
 
 
 @objective(
@@ -76,6 +77,7 @@ def reference_point(lp: LogProbs) -> Tensor:
     paper="arXiv:2402.01306 eq. 7; diffusion: arXiv:2404.04465, loss equation",
     roles=("reference",),
     labels=("desirable",),
+    reads=("text:mismatched",),
 )
 def kto(
     lp: LogProbs,

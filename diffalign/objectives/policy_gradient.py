@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffalign.errors import UserError
+from diffalign.objectives.pair import per_unit
 from diffalign.registry import objective
 from diffalign.types import Labels, LogProbs, Loss
 
@@ -22,8 +24,7 @@ LARGEST = 60.0
 
 def advantage(lp: LogProbs, labels: Labels, clip_max: float | None, rescale_to: float | None = None) -> Tensor:
     """(B, K, U) or (B, K, 1): the label, clipped, optionally rescaled so that ``clip_max`` becomes ``rescale_to``."""
-    value = labels["advantage"].to(lp.by_role["policy"].dtype)
-    value = value if value.ndim == 3 else value[..., None]
+    value = per_unit(lp, labels, "advantage").to(lp.by_role["policy"].dtype)
     if clip_max is not None:
         value = value.clamp(-clip_max, clip_max)
         value = value if rescale_to is None else value / clip_max * rescale_to
@@ -58,7 +59,7 @@ def reduced(lp: LogProbs, value: Tensor, reduction: Reduction, max_length: int |
     if reduction == "token":
         return Loss(counted(lp, value), lp.mask.to(value.dtype) * lp.exists[..., None])
     if max_length is None:
-        raise ValueError("reduction 'fixed' needs max_length")
+        raise UserError("reduction 'fixed' needs max_length")
     return Loss(counted(lp, value).sum(-1) / max_length, lp.exists)
 
 
@@ -67,6 +68,7 @@ def reduced(lp: LogProbs, value: Tensor, reduction: Reduction, max_length: int |
     paper="DDPO arXiv:2305.13301, loss of the release; Flow-GRPO arXiv:2505.05470; GRPO arXiv:2402.03300 eq. 3",
     roles=("behaviour",),
     labels=("advantage",),
+    vectors=("advantage",),
 )
 def clipped_policy_gradient(
     lp: LogProbs,
@@ -111,6 +113,7 @@ def clipped_policy_gradient(
     paper="arXiv:2510.22319, loss equation; release yifan123/flow_grpo train_sd3_GRPO_Guard.py",
     roles=("behaviour",),
     labels=("advantage",),
+    vectors=("advantage",),
     reads=("gap.behaviour", "std", "dt"),
     fits=("diffusion",),
 )

@@ -43,14 +43,14 @@ def dcg_gains(reward: Tensor, rank_by: Tensor, exists: Tensor) -> Gains:
     return Gains(rank, gain, discount, pair)
 
 
-@objective(k=None, paper="arXiv:2410.18013, ranking loss equation", roles=("reference",))
+@objective(k=None, paper="arXiv:2410.18013, ranking loss equation", roles=("reference",), listwise=True)
 def dcg(lp: LogProbs, labels: Labels, *, beta: float, rank_by: Literal["target", "model"] = "target") -> Loss:
     """RankDPO: ``sum over i better than j of |G_i - G_j| |1/D_i - 1/D_j| (-log sigmoid(beta (h_i - h_j)))``.
 
     Gains ``G = 2^reward - 1``, discounts ``D = ln(1 + rank)`` with the natural logarithm; the text gives no base, and
     base 2 would multiply everything by ln 2. Two candidates: DPO times ``0.5325 |G_1 - G_2|``. Equal rewards add
     nothing but take up ranks, the lower index first: the weights of the others depend on it. Weights carry no
-    gradient. Records of ties alone, or of one candidate, have weight 0.
+    gradient. The mean is over all records of two candidates or more; one of ties alone is in it with loss 0.
 
     Args:
         lp: policy and reference log-probs, (B, K, U).
@@ -64,16 +64,16 @@ def dcg(lp: LogProbs, labels: Labels, *, beta: float, rank_by: Literal["target",
     gains = dcg_gains(reward, reward if rank_by == "target" else ratio, lp.exists)
     loss = logistic(beta * (ratio[:, :, None] - ratio[:, None]))
     value = torch.where(better, gains.pair * loss, 0.0).sum((1, 2))
-    return Loss(value, better.any(2).any(1).to(value.dtype))
+    return Loss(value, (lp.exists.sum(1) > 1).to(value.dtype))
 
 
-@objective(k=None, paper="arXiv:2305.18290 appendix A.3, Plackett-Luce equation", roles=("reference",))
+@objective(k=None, paper="arXiv:2305.18290 appendix A.3, Plackett-Luce equation", roles=("reference",), listwise=True)
 def plackett_luce(lp: LogProbs, labels: Labels, *, beta: float, top: int | None = None) -> Loss:
     """Plackett-Luce DPO: ``sum over i of logsumexp({s_i} and all s_j worse than i) - s_i``, with ``s = beta h``.
 
     For distinct rewards this is the likelihood of the ranking; two candidates: DPO. Candidates with equal rewards do
-    not compete with each other, so that a tie is nobody's win. A list of one has loss 0 and counts as a record; a list
-    of ties has weight 0.
+    not compete with each other, so that a tie is nobody's win. A list of one or none has loss 0 and counts as a record;
+    a list of ties has weight 0.
 
     Args:
         lp: policy and reference log-probs, (B, K, U).
@@ -82,11 +82,11 @@ def plackett_luce(lp: LogProbs, labels: Labels, *, beta: float, top: int | None 
         top: only the choices of the best ``top`` places; 1 is the softmax of the best against all. None for all.
     """
     _, better = _rewards(lp, labels)
-    score = beta * lp.ratio()
+    score = torch.where(lp.exists > 0, beta * lp.ratio(), 0.0)
     rivals = better | torch.eye(score.shape[1], dtype=torch.bool, device=score.device)
     pool = torch.where(rivals, score[:, None], -torch.inf).logsumexp(2) - score
     counted = lp.exists > 0 if top is None else (lp.exists > 0) & (better.sum(1) < top)
-    decided = better.flatten(1).any(1) | (lp.exists.sum(1) == 1)
+    decided = better.flatten(1).any(1) | (lp.exists.sum(1) <= 1)
     return Loss(torch.where(counted, pool, 0.0).sum(1), decided.to(score.dtype))
 
 
@@ -115,7 +115,7 @@ def anchored_target(reward: Tensor, exists: Tensor, target: Target, beta_reward:
     return _log_softmax(centred / (deviation + 1e-8) / beta_reward, exists).exp() * exists
 
 
-@objective(k=None, paper="arXiv:2510.18913, loss equation; official integration", roles=("reference",))
+@objective(k=None, paper="arXiv:2510.18913, loss equation; official integration", roles=("reference",), listwise=True)
 def anchored(
     lp: LogProbs,
     labels: Labels,
@@ -167,7 +167,7 @@ def posterior(lp: LogProbs, labels: Labels, gamma: float, hard: bool) -> Posteri
     return Posterior(target, _log_softmax(lp.ratio(against="behaviour"), lp.exists))
 
 
-@objective(k=None, paper="arXiv:2402.02479, gradient equation", roles=("reference", "behaviour"))
+@objective(k=None, paper="arXiv:2402.02479, gradient equation", roles=("reference", "behaviour"), listwise=True)
 def brain(lp: LogProbs, labels: Labels, *, gamma: float = 1.0, hard: bool = False) -> Loss:
     """BRAIn: KL of the reward posterior over samples to the policy, both self-normalised by the proposal.
 

@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffalign.errors import UserError
 from diffalign.objectives.diffusion import errors
-from diffalign.objectives.links import log1mexp, logistic
-from diffalign.objectives.pair import Normalize, oriented, preferred
+from diffalign.objectives.links import logistic
+from diffalign.objectives.pair import Normalize, oriented, preferred, side
 from diffalign.registry import objective
 from diffalign.types import Labels, LogProbs, Loss
 
@@ -27,6 +28,8 @@ def _contrast(
     chosen: Tensor, link: Literal["sigmoid", "hinge", "ipo"], beta: float, gamma: float, label_smoothing: float
 ) -> Tensor:
     """The loss of a difference of log-probs (B,), as TRL's reference-free trainers have it."""
+    if label_smoothing and link != "sigmoid":
+        raise UserError(f"label_smoothing is for link: sigmoid, {link} has none")
     if link == "ipo":
         return (chosen - 1 / (2 * beta)).square()
     logit = beta * chosen - gamma
@@ -154,10 +157,12 @@ def slic_hf(lp: LogProbs, labels: Labels, *, delta: float = 1.0, sft_weight: flo
     return Loss(torch.relu(delta - winner + loser) - sft_weight * target, weight)
 
 
-def log_odds(lp: LogProbs) -> Tensor:
-    """(B, K): ``log(p / (1 - p))`` of the mean probability per token, ``p = exp(abar)``."""
-    mean = lp.mean()
-    return mean - log1mexp(mean)
+def log_odds(mean: Tensor) -> Tensor:
+    """``log(p / (1 - p))`` of ``p = exp(abar)``, from mean log-probs per token; at p = 1 of the nearest smaller p.
+
+    ``expm1`` alone is exact here: where 1 - p loses the digits of a small p, they do not count against ``log p``.
+    """
+    return mean - torch.log(-torch.expm1(mean.clamp_max(-torch.finfo(mean.dtype).eps)))
 
 
 @objective(k=2, paper="arXiv:2403.07691 eq. 6", fits=("text",))
@@ -171,15 +176,15 @@ def orpo(lp: LogProbs, labels: Labels, *, odds_weight: float = 0.1) -> Loss:
         labels: ``reward`` (B, 2).
         odds_weight: lambda; 0.1 in the paper and in TRL (as ``beta``).
     """
-    margin, weight = oriented(log_odds(lp), lp, labels)
-    return Loss(odds_weight * logistic(margin) - preferred(lp.mean(), labels), weight)
+    mean = lp.mean()
+    margin, weight = oriented(log_odds(mean), lp, labels)
+    return Loss(odds_weight * logistic(margin) - preferred(mean, labels), weight)
 
 
-def alignment_term(lp: LogProbs, labels: Labels, beta: float) -> Tensor:
-    """(B,): ``-log sigmoid(beta odds_w) - log sigmoid(-beta odds_l)``."""
-    odds = log_odds(lp)
-    side = torch.sign(labels["reward"] - labels["reward"].flip(1)).to(odds.dtype)
-    return logistic(beta * side * odds).sum(1)
+def alignment_term(mean: Tensor, labels: Labels, beta: float) -> Tensor:
+    """(B,): ``-log sigmoid(beta odds_w) - log sigmoid(-beta odds_l)`` from mean log-probs (B, 2) per token."""
+    odds = log_odds(mean)
+    return logistic(beta * side(labels, odds) * odds).sum(1)
 
 
 @objective(k=2, paper="arXiv:2409.10571, loss equation; arXiv:2502.01237", fits=("text",))
@@ -196,9 +201,10 @@ def asft(lp: LogProbs, labels: Labels, *, odds_weight: float, sft_weight: float 
         sft_weight: s, of the winner's NLL per token, averaged over sequences; 1, or 0 as a second stage after SFT.
         beta: tempering of the odds, from arXiv:2502.01237; 1 in the paper.
     """
-    _, weight = oriented(lp.mean(), lp, labels)
-    aligned = odds_weight * alignment_term(lp, labels, beta)
-    return Loss(aligned - sft_weight * preferred(lp.mean(), labels), weight)
+    mean = lp.mean()
+    _, weight = oriented(mean, lp, labels)
+    aligned = odds_weight * alignment_term(mean, labels, beta)
+    return Loss(aligned - sft_weight * preferred(mean, labels), weight)
 
 
 @objective(k=2, paper="arXiv:2403.07691, odds equation; diffusers diffusion_orpo script", fits=("diffusion",))

@@ -83,6 +83,7 @@ def remaining_reward(lp: LogProbs, labels: Labels, beta: float, w: Sequence[floa
     roles=("reference",),
     labels=("reward", "others"),
     differences=True,
+    vectors=("others",),
 )
 def modpo(
     lp: LogProbs,
@@ -107,7 +108,13 @@ def modpo(
     return Loss(LINKS[link](margin), weight)
 
 
-@objective(k=2, paper="arXiv:2405.19316, distillation loss equation", roles=("reference",), differences=True)
+@objective(
+    k=2,
+    paper="arXiv:2405.19316, distillation loss equation",
+    roles=("reference",),
+    differences=True,
+    vectors=("reward",),
+)
 def distilled(lp: LogProbs, labels: Labels, *, beta: float) -> Loss:
     """Reward distillation: ``(beta (h_0 - h_1) - (R_0 - R_1))^2``; of several reward models, the best explained one.
 

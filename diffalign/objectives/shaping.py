@@ -117,7 +117,13 @@ def token_guided(lp: LogProbs, labels: Labels, *, beta: float, alpha: float = 0.
     return weighted(lp, guided_weights(lp, labels, alpha, beta))
 
 
-@shaping(paper="arXiv:2405.00451, section 3.3; release YuxiXie/MCTS-DPO", labels=("ids",), over="pairs", fits=("text",))
+@shaping(
+    paper="arXiv:2405.00451, section 3.3; release YuxiXie/MCTS-DPO",
+    labels=("ids",),
+    over="pairs",
+    fits=("text",),
+    vectors=("ids",),
+)
 def first_difference(lp: LogProbs, labels: Labels) -> LogProbs:
     """MCTS-DPO: units count from the first one at which two completions with a common prefix differ.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import UserError
+from diffalign.objectives.pair import per_unit
 from diffalign.registry import objective
 from diffalign.types import Labels, LogProbs, Loss
 
@@ -88,6 +89,7 @@ def step_ratios(ratios: Tensor, starts: Tensor) -> Tensor:
     reads=("values", "kl"),
     fits=("text",),
     optional=("state",),
+    vectors=("state",),
 )
 def oreo(
     lp: LogProbs, labels: Labels, *, beta: float = 0.03, granularity: Granularity = "token", kl_reg: float = 0.01
@@ -114,13 +116,13 @@ def oreo(
     future = ratios.flip(-1).cumsum(-1).flip(-1)
     values = torch.where(counted, lp.extra["values"], 0.0)
     error = values - labels["reward"].to(values.dtype)[..., None]
+    states = lp.mask * (per_unit(lp, labels, "state") if "state" in labels else lp.mask)
     if granularity == "token":
-        states, acts, own = lp.mask, lp.mask, ratios
+        acts, own = states, ratios
     elif granularity == "step":
-        states = acts = lp.mask * labels.get("state", lp.mask)
-        own = step_ratios(ratios, acts)
+        acts, own = states, step_ratios(ratios, states)
     elif granularity == "response":
-        states, acts, own = lp.mask, lp.mask * (lp.mask.cumsum(-1) == 1), future
+        acts, own = states * (states.cumsum(-1) == 1), future
     else:
         raise UserError(f"unknown granularity {granularity!r}: choose token, step or response")
     value = (error + beta * future.detach()).square()

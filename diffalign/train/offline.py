@@ -17,7 +17,7 @@ from diffalign.configfile import dump
 from diffalign.dataset import Dataset, check_records, order
 from diffalign.errors import UserError, nearest
 from diffalign.families.base import family_class, load_family
-from diffalign.methods import modality, needs, resolve
+from diffalign.methods import modality, needs, reads_paths, resolve
 from diffalign.records import Record
 from diffalign.registry import find_objective
 from diffalign.textset import TextDataset
@@ -64,6 +64,8 @@ def _prepare(config: cfg.TrainConfig) -> Job:
     records = list(store.read(source))
     check_records(records, method, str(source))
     check_family(method, config.model.family)
+    if reads_paths(method):
+        raise UserError(f"{method.name} learns from sampling trajectories; records hold none, it needs an online loop")
 
     family = load_family(config.model.family, config.model.path, config.model.device)
     torch.manual_seed(settings.seed)
@@ -249,7 +251,9 @@ def _rehearse(job: Job) -> None:
 
 def _plan(job: Job) -> str:
     trained = sum(p.numel() for p in job.weights.trainable()) / 1e6
-    return f"{job.method.name}: {len(job.data)} records, {trained:.2f} M trained parameters{_strength(job)}"
+    cut = getattr(job.data, "truncated", 0)
+    note = f"; {cut} candidates were cut to data.max_tokens" if cut else ""
+    return f"{job.method.name}: {len(job.data)} records, {trained:.2f} M trained parameters{_strength(job)}{note}"
 
 
 def _strength(job: Job) -> str:

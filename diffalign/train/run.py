@@ -41,6 +41,16 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
+def peak_memory(device: torch.device) -> float:
+    """GiB: the most this process has allocated on a GPU, or had resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 def checkpoints(folder: Path) -> dict[int, Path]:
     """The checkpoints of a run directory by the step they were written at, oldest first."""
     found = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
@@ -152,7 +162,8 @@ class Run:
         """Append a line to metrics.jsonl and to TensorBoard."""
         if not self.is_main:
             return
-        line = {"step": step, "seconds": round(time.perf_counter() - self.started, 3), **metrics}
+        cost = {"seconds": round(time.perf_counter() - self.started, 3), "memory": round(peak_memory(self.device), 3)}
+        line = {"step": step, **cost, **metrics}
         path = self.folder / "metrics.jsonl"
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -161,7 +172,7 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._writer = SummaryWriter(str(self.folder / "tensorboard"))
-            for name, value in metrics.items():
+            for name, value in {**metrics, "memory": cost["memory"]}.items():
                 self._writer.add_scalar(name, value, step)
 
     def forget_after(self, step: int) -> None:

@@ -29,7 +29,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 SIDEWAYS = {
     "registry": {"errors", "types"},
-    "transitions": {"schedule"},
+    "transitions": {"schedule", "likelihood"},
     "edm": {"schedule"},
     "objectives": {"credit"},
     "config": {"configfile"},

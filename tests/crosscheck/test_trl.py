@@ -116,13 +116,12 @@ def test_orpo_and_its_nll_over_completion_tokens():
 
 @pytest.mark.parametrize("desirable", [[1, 0, 1, 0, 0], [1, 1, 1, 1, 1]])
 def test_kto(desirable):
-    generator = torch.Generator().manual_seed(7)
-    policy, reference, mismatched = (3 * torch.randn(B, generator=generator, dtype=F64) for _ in range(3))
-    policy.requires_grad_()
+    drawn, frozen, mask = (value[:, 0] for value in draw(7))
+    policy, mismatched = drawn.detach().requires_grad_(), 3 * torch.rand(B, dtype=F64)
     label = torch.tensor(desirable, dtype=F64)
-    theirs = trl_losses.kto(policy, reference, label, mismatched, beta=0.2, weights=(1.2, 0.7))
-    rows = {"policy": policy[:, None, None], "reference": reference[:, None, None]}
-    lp = LogProbs(rows, torch.ones(B, 1, 1, dtype=F64), extra={"mismatched": mismatched[:, None]})
+    theirs = trl_losses.kto(policy, frozen, mask, label, mismatched, beta=0.2, weights=(1.2, 0.7))
+    rows = {"policy": policy[:, None], "reference": frozen[:, None]}
+    lp = LogProbs(rows, mask[:, None], extra={"mismatched": mismatched[:, None]})
     params = {"beta": 0.2, "desirable_weight": 1.2, "undesirable_weight": 0.7}
     (loss,) = find_objective("kto")(lp, {"desirable": label[:, None]}, **params)
     agree(loss.reduce(), theirs, policy)

@@ -19,11 +19,18 @@ class _Accelerator:
     gather_for_metrics = gather
 
 
+class _Idle(torch.nn.Module):
+    """The trainer's own model, which is asked how it is and never run."""
+
+    is_gradient_checkpointing = False
+    is_activation_checkpointing = False
+
+
 def _trainer(**settings: Any) -> SimpleNamespace:
     base = {
         "accelerator": _Accelerator(),
-        "model": SimpleNamespace(training=False),
-        "args": SimpleNamespace(discopop_tau=0.05),
+        "model": _Idle().eval(),
+        "args": SimpleNamespace(discopop_tau=0.05, gradient_checkpointing=False, gradient_checkpointing_kwargs=None),
         "_metrics": defaultdict(lambda: defaultdict(list)),
         "_total_train_tokens": 0,
         "aux_loss_enabled": False,
@@ -33,7 +40,7 @@ def _trainer(**settings: Any) -> SimpleNamespace:
         "f_divergence_type": "reverse_kl",
         "f_alpha_divergence_coef": 0.5,
         "loss_weights": [1.0],
-        "precompute_ref_logps": True,
+        "precompute_ref_logps": False,
     }
     return SimpleNamespace(**{**base, **settings})
 
@@ -42,7 +49,7 @@ class _Network:
     """Returns given per-token log-probs, as trl's fused head does; masked tokens are 0."""
 
     def __init__(self, log_probs: Tensor, mask: Tensor) -> None:
-        self.log_probs = torch.where(mask > 0, log_probs, 0.0)
+        self.log_probs = log_probs * mask
         self.training = False
 
     def __call__(self, **kwargs: Any) -> SimpleNamespace:
@@ -52,26 +59,18 @@ class _Network:
 
 
 def dpo(loss_type: str, policy: Tensor, reference: Tensor, mask: Tensor, *, beta: float, **settings: Any) -> Tensor:
-    """``DPOTrainer``'s loss on log-probs (B, 2, U), the chosen first."""
+    """``DPOTrainer``'s loss on log-probs (B, 2, U), the chosen first, metrics included."""
     from trl import DPOTrainer
 
-    per_token, counted = (value.transpose(0, 1).flatten(0, 1) for value in (policy, mask))
-    first = torch.zeros_like(counted[:, :1])
-    summed = torch.where(mask > 0, reference, 0.0).sum(-1)
-    ld_alpha = settings.get("ld_alpha")
-    if ld_alpha is not None:
-        position = mask.cumsum(-1)
-        weight = torch.where(position > mask.sum(-1).amin(1)[:, None, None], ld_alpha, torch.ones_like(mask))
-        summed = torch.where(mask > 0, weight * reference, 0.0).sum(-1)
+    tokens, frozen, counted = (value.transpose(0, 1).flatten(0, 1) for value in (policy, reference, mask))
+    shape = (counted.shape[0], counted.shape[1] + 1)
     inputs = {
-        "input_ids": torch.zeros(counted.shape[0], counted.shape[1] + 1, dtype=torch.long),
-        "attention_mask": torch.ones(counted.shape[0], counted.shape[1] + 1, dtype=torch.long),
-        "completion_mask": torch.cat([first, counted], 1).long(),
-        "ref_chosen_logps": summed[:, 0],
-        "ref_rejected_logps": summed[:, 1],
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "attention_mask": torch.ones(shape, dtype=torch.long),
+        "completion_mask": torch.cat([torch.zeros_like(counted[:, :1]), counted], 1).long(),
     }
-    trainer = _trainer(beta=beta, loss_types=[loss_type], **settings)
-    return DPOTrainer._compute_loss(trainer, _Network(per_token, counted), inputs, False)
+    trainer = _trainer(beta=beta, loss_types=[loss_type], ref_model=_Network(frozen, counted), **settings)
+    return DPOTrainer._compute_loss(trainer, _Network(tokens, counted), inputs, False)
 
 
 def cpo(loss_type: str, policy: Tensor, *, beta: float, gamma: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
@@ -92,30 +91,31 @@ def orpo_ratio(policy: Tensor, *, beta: float) -> Tensor:
 def kto(
     policy: Tensor,
     reference: Tensor,
+    mask: Tensor,
     desirable: Tensor,
     mismatched: Tensor,
     *,
     beta: float,
     weights: tuple[float, float],
 ) -> Tensor:
-    """``KTOTrainer``'s loss on sequence log-probs (B,) and mismatched log-ratios (B,)."""
+    """``KTOTrainer``'s loss on log-probs (B, U) and mismatched log-ratios (B,), metrics included."""
     from trl import KTOTrainer
 
-    n = len(policy)
+    shape = (mask.shape[0], mask.shape[1] + 1)
     inputs = {
-        "input_ids": torch.zeros(n, 2, dtype=torch.long),
-        "attention_mask": torch.ones(n, 2, dtype=torch.long),
-        "completion_mask": torch.tensor([[0, 1]] * n),
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "attention_mask": torch.ones(shape, dtype=torch.long),
+        "completion_mask": torch.cat([torch.zeros_like(mask[:, :1]), mask], 1).long(),
         "label": desirable.bool(),
-        "ref_logps": reference,
-        "ref_KL_logps": torch.zeros(n, dtype=policy.dtype),
     }
+    ratios = iter([mismatched, torch.zeros_like(mismatched)])  # of the policy, then of the reference
     trainer = _trainer(
         beta=beta,
         loss_type="kto",
         calculate_KL=True,
         desirable_weight=weights[0],
         undesirable_weight=weights[1],
-        _compute_kl_logps=lambda model, batch: mismatched,
+        ref_model=_Network(reference, mask),
+        _compute_kl_logps=lambda model, batch: next(ratios),
     )
-    return KTOTrainer._compute_loss(trainer, _Network(policy[:, None], torch.ones(n, 1)), inputs, False)
+    return KTOTrainer._compute_loss(trainer, _Network(policy, mask), inputs, False)

@@ -187,6 +187,10 @@ REFUSED = {
     "a text method on a diffusion model": (["model.family=sd3"], "sd3 is a diffusion model"),
     "an objective for diffusion": (["method.objective={name: mapo}"], "objective 'mapo' is not for text models"),
     "a listwise score on pairs": (["method.objective={name: tpo}"], "needs exactly 3"),
+    "rankings from pairs": (
+        ["method.objective={name: plackett_luce, beta: 1}"],
+        "learns from rankings, and every record",
+    ),
     "a missing label": (["method.objective={name: madpo}"], "without the label 'score'"),
     "a value network": (["method.objective={name: oreo}"], "objective 'oreo' reads 'values'"),
     "a role nobody plays": (["method.objective={name: inpo}"], "give a folder as model.others.prev"),
@@ -211,6 +215,18 @@ def test_what_does_not_go_together_is_one_line(train, capsys, why):
     assert message in error
     assert error.count("\n") == 1
     assert not folder.exists()
+
+
+def test_a_method_of_trajectories_is_refused_before_the_model_loads(train, capsys):
+    records = cut_to(2, rows(labels=lambda i, k: {"reward": float(-k), "advantage": 1.0}))
+    words = ["method.name=flow-grpo", "method.objective={}", "model.family=sd3", "model.path=./nowhere"]
+    assert train("paths", *words, records=records)[0] == 2
+    assert "flow-grpo learns from sampling trajectories" in capsys.readouterr().err
+
+
+def test_what_is_cut_is_said(train, capsys):
+    assert train("cut", "data.max_tokens=6", records=cut_to(2, rows(labels=ranked)))[0] == 0
+    assert "candidates were cut to data.max_tokens" in capsys.readouterr().out
 
 
 def test_sampling_of_the_wrong_kind_is_refused(tmp_path, capsys):

@@ -104,7 +104,14 @@ def parameters(objective: Objective) -> st.SearchStrategy[dict[str, Any]]:
     if "max_length" in schema:  # which one of the reductions divides by
         needed["max_length"] = RANGES["max_length"]
     optional = {n: _values(n, p.annotation) for n, p in schema.items() if n not in needed}
-    return st.fixed_dictionaries(needed, optional=optional)
+    return st.fixed_dictionaries(needed, optional=optional).map(_consistent)
+
+
+def _consistent(params: dict[str, Any]) -> dict[str, Any]:
+    """Label smoothing is for logistic links."""
+    if params.get("link") in ("hinge", "ipo"):
+        params.pop("label_smoothing", None)
+    return params
 
 
 def _values(name: str, annotation: Any) -> st.SearchStrategy:
@@ -130,7 +137,7 @@ def cases(draw, name: str, bound: float = 5.0) -> Case:
     number = st.floats(-bound, bound) if "reference" in objective.roles else st.floats(-bound, -0.01)
     mask = (torch.arange(u) < tensor(st.integers(1, u), b, k)[..., None]).double()
     gaps = [entry.removeprefix("gap.") for entry in objective.reads if entry.startswith("gap.")]
-    reads = [entry for entry in objective.reads if not entry.startswith("gap.")]
+    reads = [entry for entry in objective.reads if not entry.startswith(("gap.", "text:"))]
     return Case(
         objective,
         {role: tensor(number, b, k, u) for role in ("policy", *objective.roles)},
@@ -165,7 +172,7 @@ def example(name: str, b: int = 3, u: int = 2, seed: int = 0, **params: Any) -> 
         {role: tensor(-2.0, -0.1, b, k, u) for role in ("policy", *objective.roles)},
         torch.ones(b, k, u, dtype=torch.float64),
         labels,
-        {entry: tensor(0.2, 0.8, b, k, u) for entry in objective.reads if not entry.startswith("gap.")},
+        {entry: tensor(0.2, 0.8, b, k, u) for entry in objective.reads if not entry.startswith(("gap.", "text:"))},
         {entry[4:]: tensor(0.2, 0.8, b, k, u) for entry in objective.reads if entry.startswith("gap.")},
         {**needed, **params},
     )

@@ -16,23 +16,14 @@ from diffalign.textset import TextDataset
 from diffalign.types import Decoding, Request
 from diffalign.weights import Weights, add_lora
 
+from . import tiny_text
+
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A random Llama of a few thousand parameters in the published format."""
-    from diffalign.worlds.puzzles.pretrain import Recipe, make_model, make_tokenizer
-
-    out = tmp_path_factory.mktemp("llama")
-    tokenizer = make_tokenizer()
-    net = make_model(tokenizer, Recipe(hidden=16, layers=2, heads=2))
-    torch.manual_seed(0)
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    net.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return out
+    return tiny_text.llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture

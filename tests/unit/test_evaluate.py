@@ -191,5 +191,5 @@ def test_untagged_records_are_one_task(tmp_path):
 
 def test_a_label_per_unit_is_refused(tmp_path):
     path = write(tmp_path / "scored.jsonl", [("a", "x", [[0.1, 0.2]])])
-    with pytest.raises(UserError, match="a value per unit, expected one per image"):
+    with pytest.raises(UserError, match="a value per unit, expected one per sample"):
         outcomes(path, "judge")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffalign.errors import UserError
 from diffalign.samplers import SAMPLERS, dpm2, euler, rollout, sa_grid, sa_solver
 from diffalign.schedule import Rectified
 from diffalign.transitions import FLOW_STEPS
@@ -121,10 +122,12 @@ def test_sa_solver_calls_the_network_once_per_step():
 
 def test_what_sa_solver_refuses():
     x = torch.ones(1, 2, dtype=torch.float64)
-    with pytest.raises(ValueError, match="below 1"):
+    with pytest.raises(UserError, match="below 1"):
         sa_solver(velocity, x, grid_of(10))
-    with pytest.raises(ValueError, match="at least 3 steps"):
+    with pytest.raises(UserError, match="at least 3 steps"):
         sa_solver(velocity, x, sa_grid(grid_of(2)), predictor_order=3)
+    with pytest.raises(UserError, match=r"at least 2 steps, got 0\.999 and 1"):
+        SAMPLERS["sa_solver"](velocity, x, grid_of(1))
     with pytest.raises(ValueError, match="needs noise"):
         sa_solver(velocity, x, sa_grid(grid_of(10)), tau=0.4)
 

@@ -4,6 +4,7 @@ An adapter holds no formula of its own: it places the inputs in :class:`LogProbs
 likelihood, calls the registered objective and lets :class:`Loss` reduce. Everything is float64.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,7 +116,7 @@ def diffusion_dpo(params: Given, inputs: Given) -> dict[str, Any]:
         **split("err_ref", oriented["reference"], ("w", "l")),
         "inside_term": beta * margin,
         "implicit_acc": (margin > 0)[kept].double().mean(),
-        "implicit_acc_ties_half": preference_metrics(lp, labels, beta)["reward/accuracy"],
+        "implicit_acc_ties_half": preference_metrics(lp, labels, beta).get("reward/accuracy", math.nan),
         "beta_t": beta * strength[:, 0, 0],
         "kept": kept,
     }

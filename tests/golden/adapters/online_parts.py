@@ -64,7 +64,8 @@ def advantages(params: Given, inputs: Given) -> dict[str, Any]:
             params("buffer_size"), params("min_count"), ddof=params("ddof", 0), eps=params("eps", 1e-6)
         )
         calls = [Given(call) for call in inputs("calls")]
-        return {"advantages": torch.stack([tracker.update(call("prompts"), call.tensor("rewards")) for call in calls])}
+        made = [tracker.update(call("prompts"), call.tensor("rewards")) for call in calls]
+        return {"advantages": [advantages.tolist() for advantages in made]}
     rewards = inputs.tensor("rewards")
     groups = inputs("prompts", None) or [0] * len(rewards)
     if kind == "contiguous_group":

@@ -38,22 +38,24 @@ def _stack(sides: Sequence[Tensor]) -> Tensor:
 
 
 def _place(inputs: Given, reference: bool = True, sides: Sequence[str] = SIDES) -> Placed:
-    """Candidates best first: per token with masks, or summed in one unit."""
-    tokens = f"policy_{sides[0]}_token_logps" in inputs
-    ending = "token_logps" if tokens else "logps"
+    """Candidates best first: per token with masks, or summed in one unit, each side as it is given."""
+    endings = {side: "token_logps" if f"policy_{side}_token_logps" in inputs else "logps" for side in sides}
 
     def read(role: str) -> dict[str, Tensor]:
-        return {f"{role}_{side}_{ending}": inputs.tensor(f"{role}_{side}_{ending}") for side in sides}
+        names = (f"{role}_{side}_{ending}" for side, ending in endings.items())
+        return {name: inputs.tensor(name) for name in names}
 
     def joined(values: Mapping[str, Tensor]) -> Tensor:
-        return _stack([value if tokens else value[:, None] for value in values.values()])
+        return _stack([value if value.ndim == 2 else value[:, None] for value in values.values()])
+
+    def counted(side: str, leaf: Tensor) -> Tensor:
+        return inputs.tensor(f"{side}_mask") if endings[side] == "token_logps" else torch.ones_like(leaf[:, None])
 
     leaves = {name: value.requires_grad_() for name, value in read("policy").items()}
     by_role = {"policy": joined(leaves)}
     if reference:
         by_role["reference"] = joined(read("ref"))
-    ones = torch.ones_like(by_role["policy"].detach())
-    mask = _stack([inputs.tensor(f"{side}_mask") for side in sides]) if tokens else ones
+    mask = _stack([counted(side, leaf.detach()) for side, leaf in zip(sides, leaves.values(), strict=True)])
     reward = torch.arange(len(sides), 0, -1, dtype=torch.float64).expand(len(mask), -1)
     return Placed(LogProbs(by_role, mask), {"reward": reward}, leaves)
 
@@ -137,10 +139,10 @@ def text_gpo(params: Given, inputs: Given) -> dict[str, Any]:
 def text_simpo(params: Given, inputs: Given) -> dict[str, Any]:
     lp, labels, leaves = _place(inputs, reference=False)
     beta = params("beta")
+    link, smoothing = params("loss_type", "sigmoid", among=("sigmoid", "hinge")), params("label_smoothing", 0.0)
     losses = run(
-        "simpo", lp, labels, beta=beta, gamma_beta_ratio=params("gamma_beta_ratio"),
-        label_smoothing=params("label_smoothing", 0.0), sft_weight=params("sft_weight", 0.0),
-        link=params("loss_type", "sigmoid", among=("sigmoid", "hinge")),
+        "simpo", lp, labels, beta=beta, gamma_beta_ratio=params("gamma_beta_ratio"), link=link,
+        label_smoothing=smoothing if link == "sigmoid" else 0.0, sft_weight=params("sft_weight", 0.0),
     )  # fmt: skip
     nll = total(*run("sft", lp, labels))
     return {**_result(leaves, *losses), "sft_loss": nll, **_rewards(beta * lp.mean())}
@@ -153,8 +155,11 @@ def text_asft(params: Given, inputs: Given) -> dict[str, Any]:
     losses = run("asft", lp, labels, odds_weight=params("lambda"), sft_weight=params("sft_weight", 1.0), beta=beta)
     return {
         **_result(leaves, *losses),
-        "align_term": reference_free.alignment_term(lp, labels, beta),
-        **{f"{side}_log_odds": odds for side, odds in zip(SIDES, reference_free.log_odds(lp).unbind(1), strict=True)},
+        "align_term": reference_free.alignment_term(lp.mean(), labels, beta),
+        **{
+            f"{side}_log_odds": odds
+            for side, odds in zip(SIDES, reference_free.log_odds(lp.mean()).unbind(1), strict=True)
+        },
     }
 
 
@@ -163,7 +168,7 @@ def text_orpo(params: Given, inputs: Given) -> dict[str, Any]:
     lp, labels, leaves = _place(inputs, reference=False)
     weight = params("lambda")
     (loss,) = run("orpo", lp, labels, odds_weight=weight)
-    ratio, _ = oriented(reference_free.log_odds(lp), lp, labels)
+    ratio, _ = oriented(reference_free.log_odds(lp.mean()), lp, labels)
     (bare,) = run("orpo", lp, labels, odds_weight=0.0)
     (unit,) = run("orpo", lp, labels, odds_weight=1.0)
     return {**_result(leaves, loss), "log_odds_ratio": ratio, "or_term": unit.value - bare.value}
@@ -182,9 +187,10 @@ def text_tpo(params: Given, inputs: Given) -> dict[str, Any]:
         padded = torch.cat([lp.by_role["policy"][:, :1].detach(), lp.by_role["policy"]], 1)
         lp, labels = LogProbs({"policy": padded}, torch.cat([0 * lp.mask[:, :1], lp.mask], 1)), best
     how = "mean" if kind in ("tpo-l", "ipo") else "sum"
+    link, smoothing = "sigmoid" if kind == "tpo-l" else kind, params("label_smoothing", 0.0)
     losses = run(
-        "tpo", lp, labels, beta=beta, alpha=alpha, normalize=how, gamma=gamma if kind == "tpo-l" else 0.0,
-        link="sigmoid" if kind == "tpo-l" else kind, label_smoothing=params("label_smoothing", 0.0),
+        "tpo", lp, labels, beta=beta, alpha=alpha, normalize=how, gamma=gamma if kind == "tpo-l" else 0.0, link=link,
+        label_smoothing=smoothing if link == "sigmoid" else 0.0,
     )  # fmt: skip
     result = _result(leaves, *losses)
     rewards = _rewards(beta * (lp.mean() if how == "mean" else lp.sum())[:, 1:])
@@ -208,7 +214,8 @@ def text_plackett_luce(params: Given, inputs: Given) -> dict[str, Any]:
     lp, leaves = _lists(inputs, "policy_logps", reference="ref_logps")
     reward = torch.arange(lp.mask.shape[1], 0, -1, dtype=torch.float64).expand(lp.mask.shape[:2])
     beta = params("beta")
-    return {**_result(leaves, *run("plackett_luce", lp, {"reward": reward}, beta=beta)), "rewards": beta * lp.ratio()}
+    rewards = torch.where(lp.exists > 0, beta * lp.ratio(), 0.0)
+    return {**_result(leaves, *run("plackett_luce", lp, {"reward": reward}, beta=beta)), "rewards": rewards}
 
 
 @adapter("anchored", requires=REQUIRES)

@@ -152,7 +152,7 @@ def text_distill_dpo(params: Given, inputs: Given) -> dict[str, Any]:
 def text_flex_dpo(params: Given, inputs: Given) -> dict[str, Any]:
     lp, labels, leaves = _place(inputs)
     if "chosen_lengths" in inputs:  # sums, spread over as many units
-        lengths = torch.stack([inputs.tensor(f"{side}_lengths") for side in SIDES], 1)[..., None]
+        lengths = torch.stack([inputs.tensor(f"{side}_lengths") for side in SIDES], 1)[..., None].clamp_min(1)
         mask = (torch.arange(int(lengths.max())) < lengths).double()
         lp = LogProbs({role: (value / lengths).expand_as(mask) for role, value in lp.by_role.items()}, mask)
     chosen, rejected = params("beta_chosen"), params("beta_rejected")
