@@ -94,6 +94,7 @@ def main(out: Path) -> None:
     run.accelerator.end_training()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    os._exit(0)  # now and then torch aborts in its static destructors, after everything is written
 
 
 if __name__ == "__main__":
