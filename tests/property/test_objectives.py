@@ -29,6 +29,7 @@ NOT_ALWAYS_DOWNHILL = {
     "distilled": "regresses on a gap that may be smaller",
     "error_ratio": "the released sign is inverted",
     "gpo": "the squared link has its minimum at 1",
+    "ipo": "regresses on a gap that may be smaller",
     "inpo": "regresses on a gap that may be smaller",
     "mnpo": "regresses on a gap that may be smaller",
     "modpo": "other rewards may outweigh the pair",
