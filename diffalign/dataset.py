@@ -28,8 +28,8 @@ from diffalign.records import Record
 from diffalign.types import Batch, Condition, Method
 
 SHARD = 512  # records per cache file
-DERIVED = ("ids",)
-"""Labels that come from the samples themselves: ``ids`` (B, K, U), the id of every predicted token."""
+DERIVED = ("ids", "state")
+"""Labels that come from texts themselves, (B, K, U): the id of every predicted token, and 1 where a step begins."""
 
 
 class Encoder(Protocol):

@@ -12,20 +12,47 @@ from diffalign.errors import UserError, nearest
 from diffalign.registry import Objective, check_parameters, find_objective, find_shaping
 from diffalign.types import Method, Term
 
-pair = draws.forward
+pair = draws.forward  # one time and one noise for the candidates of a record
+single = partial(draws.forward, share_t=False, share_noise=False)
+apart = partial(draws.forward, share_noise=False, density={"mean": 1.0})  # one time, two noises; t = sigmoid(1 + z)
+steps = partial(draws.transition, fraction=0.99)  # of a trajectory without its last step
 half = estimate.denoising  # scale 1/2, the "half" of the published code
+whole = partial(estimate.denoising, scale=1.0)
+ddim = partial(estimate.transition, kind="ddim", noise_level=1.0)
+flow_sde = partial(estimate.transition, kind="flow_sde", noise_level=0.7)
+PPO = "clipped_policy_gradient"
 
 
 def _text(objective: str, *shaping: tuple[str, Mapping[str, Any]], **params: float) -> Term:
     return Term(draws.none, estimate.tokens, objective, params=params, shaping=shaping)
 
 
-whole = partial(estimate.denoising, scale=1.0)
-apart = partial(draws.forward, share_noise=False, density={"mean": 1.0})  # one time, two noises; t = sigmoid(1 + z)
-steps = partial(draws.transition, fraction=0.99)  # of a trajectory without its last step
-ddim = partial(estimate.transition, kind="ddim", noise_level=1.0)
-flow_sde = partial(estimate.transition, kind="flow_sde", noise_level=0.7)
-PPO = "clipped_policy_gradient"
+OFFLINE = (
+    Method("diffusion-dpo", "arXiv:2311.12908", Term(pair, half, "sigmoid", params={"beta": 5000.0})),
+    # the released example trains at 1000
+    Method("diffusion-kto", "arXiv:2404.04465", Term(single, whole, "kto", params={"beta": 5000.0})),
+    # a script of diffusers without a paper of its own, its sign corrected
+    Method("diffusion-orpo", "arXiv:2403.07691", Term(pair, whole, "error_ratio")),
+    Method("mapo", "arXiv:2406.06424", Term(pair, whole, "mapo")),
+    # 2000 for SD1.5, 5000 for SDXL
+    Method("smpo", "arXiv:2506.02698", Term(draws.inversion, half, "smoothed", params={"beta": 2000.0})),
+    # the paper gives no beta: Diffusion-DPO's coefficient; its noise is independent per image
+    Method("rank-dpo", "arXiv:2410.18013", Term(pair, whole, "dcg", params={"beta": 2500.0})),
+    Method("dense-dpo", "arXiv:2506.03517", Term(pair, partial(whole, frames=True), "dense", params={"beta": 500.0})),
+    # the weight of the pre-training loss is 0.02 to 0.1 by task
+    Method(
+        "condition-po",
+        "arXiv:2511.04753",
+        Term(pair, half, "condition", params={"beta": 5000.0}),
+        extra=(Term(single, whole, "sft", 0.05),),
+    ),
+    # both swept per model: alpha in 0.5 to 50, beta in 0.01 to 0.1 per summed squared error
+    Method(
+        "ddo",
+        "arXiv:2503.01103",
+        Term(single, partial(whole, summed=True), "ddo", params={"alpha": 4.0, "beta": 0.05}),
+    ),
+)
 
 ONLINE = (
     # the release counts ties (keep_ties) and trains with guidance 5
@@ -89,36 +116,6 @@ ONLINE = (
     Method("dso-dpo", "arXiv:2503.22677", Term(apart, half, "sigmoid", params={"beta": 500.0})),
     # the release sums the two samples of a pair (per: record), twice the size
     Method("dso-dro", "arXiv:2503.22677", Term(apart, whole, "difference"), source="either"),
-)
-
-
-single = partial(draws.forward, share_t=False, share_noise=False)
-
-OFFLINE = (
-    Method("diffusion-dpo", "arXiv:2311.12908", Term(pair, half, "sigmoid", params={"beta": 5000.0})),
-    # the released example trains at 1000
-    Method("diffusion-kto", "arXiv:2404.04465", Term(single, whole, "kto", params={"beta": 5000.0})),
-    # a script of diffusers without a paper of its own, its sign corrected
-    Method("diffusion-orpo", "arXiv:2403.07691", Term(pair, whole, "error_ratio")),
-    Method("mapo", "arXiv:2406.06424", Term(pair, whole, "mapo")),
-    # 2000 for SD1.5, 5000 for SDXL
-    Method("smpo", "arXiv:2506.02698", Term(draws.inversion, half, "smoothed", params={"beta": 2000.0})),
-    # the paper gives no beta: Diffusion-DPO's coefficient; its noise is independent per image
-    Method("rank-dpo", "arXiv:2410.18013", Term(pair, whole, "dcg", params={"beta": 2500.0})),
-    Method("dense-dpo", "arXiv:2506.03517", Term(pair, partial(whole, frames=True), "dense", params={"beta": 500.0})),
-    # the weight of the pre-training loss is 0.02 to 0.1 by task
-    Method(
-        "condition-po",
-        "arXiv:2511.04753",
-        Term(pair, half, "condition", params={"beta": 5000.0}),
-        extra=(Term(single, whole, "sft", 0.05),),
-    ),
-    # both swept per model: alpha in 0.5 to 50, beta in 0.01 to 0.1 per summed squared error
-    Method(
-        "ddo",
-        "arXiv:2503.01103",
-        Term(single, partial(whole, summed=True), "ddo", params={"alpha": 4.0, "beta": 0.05}),
-    ),
 )
 
 # any other objective by name: `objective: {name: ...}` of text-dpo

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from diffalign.dataset import DERIVED, label_values
 from diffalign.errors import UserError
@@ -20,6 +21,8 @@ class Encoder(Protocol):
 
     pad: int
 
+    @property
+    def breaks(self) -> Tensor: ...
     @property
     def max_tokens(self) -> int | None: ...
     def encode(self, prompt: Turns, completion: Turns) -> tuple[list[int], list[int]]: ...
@@ -43,7 +46,7 @@ class TextDataset:
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.records = records
-        self.pad = family.pad
+        self.family = family
         self.k = max(len(r.candidates) for r in records)
         self.truncated = 0
         self._limit = min(max_tokens or 2**31, family.max_tokens or 2**31)
@@ -72,7 +75,7 @@ class TextDataset:
         """Ids (B, K, L), padded on the right; the mask (B, K, L - 1) is aligned with the predicted token."""
         rows = [self._rows[i] for i in indices]
         width = max(len(ids) for row in rows for ids, _ in row)
-        ids = torch.full((len(rows), self.k, width), self.pad)
+        ids = torch.full((len(rows), self.k, width), self.family.pad)
         attention, counts = torch.zeros_like(ids), torch.zeros_like(ids)
         present = torch.zeros(len(rows), self.k)
         for b, row in enumerate(rows):
@@ -84,6 +87,14 @@ class TextDataset:
             attention[b, len(row) :, 0] = 1  # a padding candidate still attends to something, or its logits are NaN
         found = [self.records[i].candidates for i in indices]
         values = {name: label_values(found, name, self.k) for name in labels if name not in DERIVED}
-        values |= {name: ids[..., 1:] for name in labels if name in DERIVED}
         mask = counts[..., 1:].float()
+        if "ids" in labels:
+            values["ids"] = ids[..., 1:]
+        if "state" in labels:
+            values["state"] = self._states(ids, mask)
         return Batch(ids, {"attention": attention}, values, mask, present=present).to(generator.device)
+
+    def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, K, U): 1 for a counted token that begins an answer or follows a line break: a step of reasoning."""
+        begins = (mask.cumsum(-1) == 1) | torch.isin(ids[..., :-1], self.family.breaks)
+        return mask * begins

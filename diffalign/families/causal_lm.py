@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -70,6 +71,12 @@ class Family:
         """A digest of the tokenizer: two models with equal fingerprints encode alike."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         return tensor_digest((), f"{vocabulary}|{self.tokenizer.chat_template}")[:16]
+
+    @cached_property
+    def breaks(self) -> Tensor:
+        """Ids of the tokens with a line break in them."""
+        texts = ((index, self.tokenizer.decode([index])) for index in range(len(self.tokenizer)))
+        return torch.tensor([index for index, text in texts if "\n" in text])
 
     @property
     def max_tokens(self) -> int | None:

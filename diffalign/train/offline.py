@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffalign import config as cfg
 from diffalign import records as store
 from diffalign.configfile import dump
-from diffalign.dataset import Dataset, check_records, order
+from diffalign.dataset import DERIVED, Dataset, check_records, order
 from diffalign.errors import UserError, nearest
 from diffalign.families.base import family_class, load_family
 from diffalign.methods import modality, needs, reads_paths, resolve
@@ -82,7 +82,8 @@ def _prepare(config: cfg.TrainConfig) -> Job:
     update = Update(weights.trainable(), optimizer, scheduler, run.sum_over_ranks, config.optim.clip)
 
     data = _encode(config.data, records, family, run.is_main)
-    labels = (*needed.labels, *(label for label in needed.optional if label in records[0].candidates[0].labels))
+    known = (*records[0].candidates[0].labels, *(DERIVED if family.modality == "text" else ()))
+    labels = (*needed.labels, *(label for label in needed.optional if label in known))
     return Job(config, method, labels, family, weights, data, run, update)
 
 

@@ -159,6 +159,17 @@ def test_kto_trains_against_mismatched_completions(train):
     assert metrics(folder)[0]["loss"] == pytest.approx(0.5, abs=1e-6)
 
 
+@pytest.mark.parametrize("granularity", ["token", "step", "response"])
+def test_a_value_head_trains_with_the_policy(train, granularity):
+    records = cut_to(1, rows(labels=lambda i, k: {"reward": float(i % 2)}))
+    objective = json.dumps({"granularity": granularity})
+    code, folder = train(granularity, "method.name=text-oreo", f"method.objective={objective}", records=records)
+    assert code == 0
+    assert metrics(folder)[-1]["loss"] < metrics(folder)[0]["loss"]
+    exported = load_file(folder / "lora" / "adapter_model.safetensors")
+    assert not [name for name in exported if "value_head" in name]
+
+
 def test_a_guide_plays_its_role(train):
     code, first = train("first")
     assert code == 0

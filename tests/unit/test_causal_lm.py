@@ -110,6 +110,14 @@ def test_a_batch_is_padded_and_its_mask_is_aligned_with_the_predicted_token(fami
     assert not batch.mask[1, 1].any()
 
 
+def test_a_step_begins_an_answer_and_follows_a_line_break(family):
+    records = [Record(id="r", prompt="1+1", candidates=[Candidate(text="a\nbc\n\nd"), Candidate(text="x")])]
+    batch = TextDataset(records, family).batch([0], torch.Generator(), ("ids", "state"))
+    begun = [batch.labels["ids"][0, k][batch.labels["state"][0, k] > 0].tolist() for k in range(2)]
+    assert [family.tokenizer.decode(ids) for ids in begun] == ["ab\nd", "x"]
+    assert torch.equal(batch.labels["state"] * batch.mask, batch.labels["state"])
+
+
 def test_what_is_too_long_loses_the_start_of_its_prompt(family):
     data = TextDataset(make_records()[:1], family, max_tokens=6)
     batch = data.batch([0], torch.Generator(), ())
