@@ -171,8 +171,8 @@ def _model(config: ModelConfig) -> Check:
         problem = "" if folder and folder.is_dir() else f"no embedded model {world!r}"
         return Check("model", f"{config.family}, embedded model {world}", problem)
     if Path(config.path).is_dir():
-        found = (Path(config.path) / "model_index.json").is_file()
-        problem = "" if found else "no model_index.json in this folder"
+        index = base.family_class(config.family).index_file
+        problem = "" if (Path(config.path) / index).is_file() else f"no {index} in this folder"
         return Check("model", f"{config.family} at {config.path}", problem)
     if config.path.startswith((".", "/", "~")) or config.path.count("/") > 1:
         return Check("model", config.path, "no such folder")

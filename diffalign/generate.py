@@ -16,11 +16,11 @@ from torch import Tensor
 
 from diffalign import config as cfg
 from diffalign import records as store
-from diffalign.errors import UserError, nearest
+from diffalign.errors import UserError
 from diffalign.families.base import DiffusersFamily, family_class, load_family, tensor_digest
 from diffalign.files import claim
 from diffalign.records import Candidate, Record, plain
-from diffalign.samplers import SAMPLERS, guided
+from diffalign.samplers import find_sampler, guided
 from diffalign.types import Decoding, Request, Sampling
 from diffalign.worlds import load_prompts
 
@@ -98,15 +98,14 @@ def candidate_seed(seed: int, record: str, k: int) -> int:
 
 def sample_images(family: DiffusersFamily, requests: Sequence[Request], sampling: Sampling) -> Tensor:
     """(N, 3, H, W) in [0, 1], one per request. The noise of each comes from its own seed, whatever the batch."""
-    if sampling.sampler not in SAMPLERS:
-        raise UserError(f"sampling.sampler: unknown {sampling.sampler!r}{nearest(sampling.sampler, SAMPLERS)}")
+    sampler = find_sampler(sampling.sampler, family.schedule)
     shape = family.latent_shape(sampling.size)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(r.seed)) for r in requests])
     prompts = [str(r.prompt) for r in requests]
     cond, empty = family.encode_prompt(prompts), family.encode_prompt([""] * len(prompts))
     predict = guided(family, family.net, cond, empty, sampling.guidance)
-    grid = family.schedule.grid(sampling.steps).to(family.device)
-    return family.decode(SAMPLERS[sampling.sampler](predict, noise.to(family.device), grid))
+    grid = family.schedule_for(sampling.size).grid(sampling.steps).to(family.device)
+    return family.decode(sampler(predict, noise.to(family.device), grid))
 
 
 def _to_bytes(image: Tensor) -> np.ndarray:

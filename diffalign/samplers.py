@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from diffalign.errors import UserError
+from diffalign import transitions
+from diffalign.errors import UserError, nearest
+from diffalign.schedule import Discrete
 from diffalign.transitions import Step
-from diffalign.types import Condition, DiffusionFamily, Path
+from diffalign.types import Condition, DiffusionFamily, Path, Schedule
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x_t (N, ...), t scalar) -> prediction (N, ...)."""
@@ -57,6 +60,27 @@ def euler(predict: Predict, x: Tensor, grid: Tensor, *, states: list[Tensor] | N
     _note(states, x)
     for t, following in pairwise(grid):
         x = x + (following - t) * predict(x, t)
+        _note(states, x)
+    return x
+
+
+@torch.no_grad()
+def ddim(
+    predict: Predict, x: Tensor, grid: Tensor, schedule: Discrete, *, states: list[Tensor] | None = None
+) -> Tensor:
+    """DDIM without noise for a discrete schedule (arXiv:2010.02502); the last step goes to ``schedule.final``.
+
+    First-order DPM-Solver and Euler steps in ``sqrt((1 - abar) / abar)`` are this same step. Every step ends at the
+    level the network is asked at next, where the stock scheduler ends ``1000 // steps`` below the last: the same if
+    steps divides 1000. Other arguments as in :func:`euler`.
+    """
+    _note(states, x)
+    levels = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64, device=grid.device)[schedule.native(grid)]
+    levels[-1] = schedule.final
+    for t, level, following in zip(grid[:-1], levels[:-1], levels[1:], strict=True):
+        x = transitions.ddim(
+            predict(x, t), x, level, following, noise_level=0.0, parametrisation=schedule.prediction
+        ).mean
         _note(states, x)
     return x
 
@@ -219,3 +243,19 @@ SAMPLERS: dict[str, Callable[[Predict, Tensor, Tensor], Tensor]] = {
     "dpm2": dpm2,
     "sa_solver": sa_ode,
 }
+"""For flows; of these, the names of the first-order step are also those of :func:`ddim`."""
+
+
+def find_sampler(name: str, schedule: Schedule) -> Callable[[Predict, Tensor, Tensor], Tensor]:
+    """A sampler by name, for a schedule.
+
+    Raises:
+        UserError: unknown, or made for flows and the schedule is discrete.
+    """
+    if name not in SAMPLERS:
+        raise UserError(f"sampling.sampler: unknown {name!r}{nearest(name, SAMPLERS)}")
+    if not isinstance(schedule, Discrete):
+        return SAMPLERS[name]
+    if SAMPLERS[name] is not euler:
+        raise UserError(f"sampling.sampler: {name!r} is for flow models; this model's schedule is discrete: use ddim")
+    return partial(ddim, schedule=schedule)

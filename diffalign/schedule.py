@@ -48,10 +48,12 @@ class Rectified:
     Args:
         shift: static shift of the sampling grid, ``sigma = s u / (1 + (s - 1) u)``; also applied to sampled times.
         scale: what the network's timestep is at sigma = 1.
+        even: the grid is shifted from the even 1, (T - 1) / T ... 1 / T, as FLUX samples, not from SD3's.
     """
 
     shift: float = 1.0
     scale: float = 1000.0
+    even: bool = False
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t from data and noise; ``t`` has the leading dimensions of ``x0``."""
@@ -93,10 +95,12 @@ class Rectified:
     def grid(self, steps: int) -> Tensor:
         """``steps + 1`` decreasing times from 1 to 0, spaced as the stock Euler scheduler does.
 
-        The stock scheduler shifts the last sigma twice (its stored minimum is already shifted); so do we.
+        The stock scheduler shifts the last sigma twice (its stored minimum is already shifted), unless the pipeline
+        gives it even ones; so do we.
         """
-        last = float(self.shifted(torch.tensor(1.0 / self.scale)))
-        return torch.cat([self.shifted(torch.linspace(1.0, last, steps)), torch.zeros(1)])
+        last = 1 / steps if self.even else float(self.shifted(torch.tensor(1.0 / self.scale)))
+        times = self.shifted(torch.linspace(1.0, last, steps)).clamp_max(1.0)  # rounding may end above 1
+        return torch.cat([times, torch.zeros(1)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +110,13 @@ class Discrete:
     Args:
         alphas_cumprod: (N,) cumulative signal power, as a tuple so that the schedule hashes and pickles.
         prediction: what the network predicts.
+        final: signal power at which sampling ends; 1 is the clean estimate, and ``alphas_cumprod[0]`` is what the stock
+            samplers mean by ``set_alpha_to_one: false``.
     """
 
     alphas_cumprod: tuple[float, ...]
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    final: float = 1.0
 
     @classmethod
     def scaled_linear(

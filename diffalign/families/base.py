@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import pkgutil
@@ -111,24 +112,28 @@ def foreign_files(failure: str) -> Iterator[None]:
         raise UserError(f"{failure}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    """The components of a diffusers folder and the library of each, checked.
+def _read_index(path: str, pipeline: Any, skipped: Iterable[str]) -> dict[str, Any]:
+    """The components of a diffusers folder or Hub id and the library of each, but for those that will not be loaded.
 
     Raises:
         UserError: it is missing or broken, a component is missing, or one is code that comes with the files.
     """
-    index = folder / "model_index.json"
-    if not index.is_file():
+    folder = Path(path) if Path(path).exists() or path.startswith((".", "/")) else None
+    if folder is not None and not (folder / "model_index.json").is_file():
         raise UserError(f"model.path: {folder} holds no model_index.json; give a diffusers folder or a Hub id")
+    index = f"{path}/model_index.json"
     try:
-        listed = json.loads(index.read_bytes())
-        libraries = {name: value[0] for name, value in listed.items() if isinstance(value, list)}
+        with foreign_files(f"model.path: cannot load {path} from the Hub"):
+            listed = pipeline.load_config(path) if folder is None else None
+        listed = listed or json.loads(Path(index).read_bytes())
+        parts = listed.keys() - set(skipped)
+        libraries = {name: listed[name][0] for name in sorted(parts) if isinstance(listed[name], list | tuple)}
     except (ValueError, AttributeError, IndexError, RecursionError) as error:
         raise UserError(f"model.path: {index} is not a list of components ({error}); get the folder again") from None
     for name, library in libraries.items():
         if library is not None and not _is_known(library):
             raise UserError(f"model.path: {index}: {name} is code from {library!r}; only diffusers' own parts are run")
-        if library is not None and not (folder / name).is_dir():
+        if library is not None and folder is not None and not (folder / name).is_dir():
             raise UserError(f"model.path: {folder} holds no {name}, which its model_index.json lists")
     return libraries
 
@@ -159,10 +164,13 @@ class DiffusersFamily:
     modality: Literal["image", "video"] = "image"
     net_name: ClassVar[str] = "transformer"
     lora_file: ClassVar[str] = LORA_FILE
+    index_file: ClassVar[str] = "model_index.json"
     pipeline: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     without: ClassVar[tuple[str, ...]] = ()
     """Components that a checkpoint may leave out; the stock loader insists on being told."""
+    options: ClassVar[dict[str, Any]] = {}
+    """More for the stock loader; components that are None here are never loaded, whether the folder has them or not."""
 
     schedule: Schedule
 
@@ -188,12 +196,17 @@ class DiffusersFamily:
     @classmethod
     def load(cls, path: str, device: torch.device) -> DiffusersFamily:
         """Load from a diffusers folder or Hub id, safetensors only; everything becomes float32."""
-        absent = dict.fromkeys(cls.without)
-        if Path(path).exists() or path.startswith((".", "/")):
-            libraries = _read_index(Path(path))
-            absent = dict.fromkeys(name for name in cls.without if libraries.get(name) is None)
+        libraries = _read_index(path, cls.pipeline_class(), cls.options)
+        absent = dict.fromkeys(name for name in cls.without if libraries.get(name) is None)
+        needed = inspect.signature(cls.pipeline_class()).parameters.values()
+        needed = {p.name for p in needed if p.default is p.empty} - set(cls.without) - set(cls.options)
+        lacking = [name for name, library in libraries.items() if library is None and name in needed]
+        if lacking:
+            raise UserError(f"model.path: {path} comes without {', '.join(lacking)}, and {cls.name} needs it")
         with foreign_files(f"model.path: cannot load {path} as {cls.pipeline}"), quiet():
-            pipe = cls.pipeline_class().from_pretrained(path, dtype=torch.float32, use_safetensors=True, **absent)
+            pipe = cls.pipeline_class().from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, **absent, **cls.options
+            )
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
         broken = [name for name, part in parts.items() if any(p.is_meta for p in part.parameters())]
         broken += [name for name in ("vae", cls.net_name) if name not in parts]
@@ -232,6 +245,10 @@ class DiffusersFamily:
         height, width = self.image_size(size)
         factor = self.pipe.vae_scale_factor
         return self.vae.config.latent_channels, height // factor, width // factor
+
+    def schedule_for(self, size: tuple[int, int] | None) -> Schedule:
+        """The schedule to sample an image of ``size`` pixels with; most models have one for all sizes."""
+        return self.schedule
 
     @property
     def fingerprint(self) -> str:
@@ -304,13 +321,15 @@ class DiffusersFamily:
         if not (folder / LORA_FILE).is_file():
             raise UserError(f"model.adapter: {folder} holds no {LORA_FILE}")
         with foreign_files(f"model.adapter: {folder} does not fit this {self.name}"):
-            state, metadata = self.pipeline_class().lora_state_dict(
+            state, *alphas, metadata = self.pipeline_class().lora_state_dict(
                 folder, weight_name=LORA_FILE, use_safetensors=True, return_lora_metadata=True
             )
             mine = [key for key in state if key.startswith(f"{self.net_name}.")]
             if not mine:
                 raise UserError(f"model.adapter: {folder} holds no weights for the {self.net_name} of a {self.name}")
-            self.net.load_lora_adapter(state, prefix=self.net_name, metadata=metadata)  # type: ignore[operator]
+            self.net.load_lora_adapter(  # type: ignore[operator]
+                state, prefix=self.net_name, metadata=metadata, network_alphas=alphas[0] if alphas else None
+            )
         loaded = sum("lora_" in name for name, _ in self.net.named_parameters())
         if loaded < sum("lora_" in key for key in mine):
             raise UserError(f"model.adapter: {folder}: only {loaded} of {len(mine)} tensors fit this {self.name}")

@@ -33,6 +33,7 @@ class Family:
     modality: ClassVar[Literal["text"]] = "text"
     net_name: ClassVar[str] = "model"
     lora_file: ClassVar[str] = "adapter_model.safetensors"
+    index_file: ClassVar[str] = "config.json"
     lora_targets: ClassVar[tuple[str, ...]] = (
         "q_proj",
         "k_proj",

@@ -68,6 +68,8 @@ def _prepare(config: cfg.TrainConfig) -> Job:
         raise UserError(f"{method.name} learns from sampling trajectories; records hold none, it needs an online loop")
 
     family = load_family(config.model.family, config.model.path, config.model.device)
+    if family.modality != "text":
+        family.schedule = family.schedule_for(config.data.size)
     torch.manual_seed(settings.seed)
     lora = config.model.lora
     if lora is not None:

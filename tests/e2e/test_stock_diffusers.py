@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from diffalign.errors import UserError
 from diffalign.families.base import EMBEDDED, load_family
 from diffalign.generate import candidate_seed, sample_images
 from diffalign.types import Request, Sampling
@@ -71,3 +72,27 @@ def test_the_stock_pipeline_loads_our_lora(stock, tmp_path):
     assert (after - trained).abs().max() < 1e-3
     reloaded = load_family("sd3", "embedded:shapes", adapter=str(tmp_path))
     assert (sample_images(reloaded, REQUESTS, Sampling(steps=8)) - trained).abs().max() < 1e-5
+
+
+def test_a_hub_id_keeps_the_parts_its_index_lists(monkeypatch, tiny_sd3):
+    """Only what a checkpoint lacks is left out: a published SD3 brings its T5."""
+    index = {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
+    listed = {**StableDiffusion3Pipeline.load_config(tiny_sd3), **index}
+    asked = {}
+
+    def from_pretrained(path, **options):
+        asked.update(options)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "load_config", lambda path: listed)
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", from_pretrained)
+    with pytest.raises(UserError, match="no network here"):
+        load_family("sd3", "organisation/model", "cpu")
+    assert "text_encoder_3" not in asked
+    listed["text_encoder_3"] = listed["tokenizer_3"] = [None, None]
+    with pytest.raises(UserError, match="no network here"):
+        load_family("sd3", "organisation/model", "cpu")
+    assert asked["text_encoder_3"] is asked["tokenizer_3"] is None
+    listed["transformer"] = ["their_code", "Net"]
+    with pytest.raises(UserError, match="only diffusers' own parts are run"):
+        load_family("sd3", "organisation/model", "cpu")

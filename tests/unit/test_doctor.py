@@ -129,6 +129,7 @@ def test_training_config_that_can_run(cli, write_config, tmp_path):
         ({"model": {"family": "sd33"}}, {}, "model", "sd33"),
         ({"model": {"path": "./no/such/folder"}}, {}, "model", "no such folder"),
         ({"model": {"path": "."}}, {}, "model", "model_index.json"),
+        ({"model": {"path": ".", "family": "causal_lm"}}, {}, "model", "no config.json"),
         ({"model": {"path": "embedded:squares"}}, {}, "model", "'squares'"),
         ({"data": {"records": "gone.jsonl"}}, {}, "records", "gone.jsonl"),
         ({}, {"k": 3}, "records", "needs 2 candidates"),
