@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import string
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from diffalign.generate import sample_images
 from diffalign.types import Request, Sampling
 from diffalign.weights import add_lora
 from diffalign.worlds.shapes.pretrain import _tokenizer
+
+from . import tiny_t5
 
 KINDS = ("dev", "schnell")
 TOKENS = {"dev": 512, "schnell": 256}
@@ -39,21 +40,10 @@ def _clip(tokenizer: Any) -> Any:
     return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **sizes, **ids))
 
 
-def _t5() -> tuple[Any, Any]:
-    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
-
-    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
-    letters = [(letter, -3.0) for letter in string.ascii_lowercase]
-    tokenizer = T5TokenizerFast(vocab=[*special, ("▁", -2.0), *letters], extra_ids=0)
-    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    config = T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **sizes)
-    return T5EncoderModel(config), tokenizer
-
-
 def _pipeline(kind: str) -> FluxPipeline:
     """Stock classes with random weights: 4 latent channels in tokens of 16, one double and two single blocks."""
     clip_tokenizer = _tokenizer()
-    t5, t5_tokenizer = _t5()
+    t5, t5_tokenizer = tiny_t5.make()
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
