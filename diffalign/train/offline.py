@@ -207,7 +207,7 @@ def _step(job: Job, step: int) -> dict[str, float]:
         result = loss_step(job.method, job.family, job.weights, batch, generator, autocast=precision, world_mean=mean)
         if step == 0:
             check_start(result, job.method)
-        job.update.add(result)
+        job.update.add(result, alone=job.config.run.accumulate == 1)
         rows.append(result.metrics)
     metrics = {**_mean(rows), **job.update.collect()}
     check_health(step + 1, metrics, job.run)

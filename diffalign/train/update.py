@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from diffalign.train.step import StepResult
+from diffalign.train.step import StepResult, TermLoss
 
 
 class Update:
@@ -41,10 +41,15 @@ class Update:
         self._sums: dict[int, Tensor] = {}
         self._factors: dict[int, float] = {}
 
-    def add(self, result: StepResult) -> None:
-        """Back-propagate one micro-step; every part keeps its own gradients, since it has its own total weight."""
-        last = len(result.terms) - 1
-        for index, term in enumerate(result.terms):
+    def add(self, result: StepResult, *, alone: bool = False) -> None:
+        """Back-propagate one micro-step; every part keeps its own gradients, since it has its own total weight.
+
+        Args:
+            alone: no other micro-step belongs to this step, so total weights are known and one pass serves all parts.
+        """
+        terms = self._merged(result.terms) if alone and len(result.terms) > 1 else result.terms
+        last = len(terms) - 1
+        for index, term in enumerate(terms):
             held = self._grads.get(index, [None] * len(self.parameters))
             for parameter, grad in zip(self.parameters, held, strict=True):
                 parameter.grad = grad
@@ -54,6 +59,13 @@ class Update:
             sums = torch.stack([term.total.detach(), term.weight])
             self._sums[index] = self._sums.get(index, torch.zeros_like(sums)) + sums
             self._factors[index] = term.factor
+
+    def _merged(self, terms: Sequence[TermLoss]) -> tuple[TermLoss]:
+        """One part in place of several: divided by the total weights over all ranks, so that its own is 1 in sum."""
+        weights = self.reduce(torch.stack([term.weight for term in terms]))
+        weights = weights.clamp_min(torch.finfo(weights.dtype).tiny)
+        values = [term.factor * term.total / weight for term, weight in zip(terms, weights, strict=True)]
+        return (TermLoss(torch.stack(values).sum(), 1 / self.reduce(torch.ones_like(weights[0])), 1.0),)
 
     def collect(self) -> dict[str, float]:
         """Divide by the total weights, sum over ranks and clip; the gradients are then ready for :meth:`apply`.

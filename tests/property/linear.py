@@ -65,7 +65,7 @@ def make_update(net: nn.Module, reduce: Callable[[Tensor], Tensor], clip: float 
 def accumulate(update: Update, net: nn.Module, parts: list[Batch]) -> dict[str, float]:
     """All micro-steps of one step."""
     for part in parts:
-        update.add(loss_step(METHOD, net, net, part, torch.Generator()))  # type: ignore[arg-type]
+        update.add(loss_step(METHOD, net, net, part, torch.Generator()), alone=len(parts) == 1)  # type: ignore[arg-type]
     return update.collect()
 
 
@@ -88,6 +88,7 @@ def main(out: Path) -> None:
 
     run = Run(out.parent, torch.device("cpu"), "fp32", 0, 1)
     result = train(run.rank, run.world, run.sum_over_ranks)
+    result["alone"] = train(run.rank, run.world, run.sum_over_ranks, micros=1)
     result["run"] = [run.rank, run.world, run.is_main, run.generator(0, 0).initial_seed()]
     result["sum"] = run.sum_over_ranks(torch.tensor([1.0 + run.rank, 10.0])).tolist()
     out.write_text(json.dumps(result), encoding="utf-8")

@@ -88,6 +88,18 @@ def test_the_loss_of_a_step_result_is_that_of_its_batch():
     assert result.loss.item() == result.metrics["loss"]
 
 
+def test_parts_of_a_step_alone_take_one_backward_pass(monkeypatch):
+    calls = []
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self, *a, **k: calls.append(1) or backward(self, *a, **k))
+    whole, gradient = step([linear.data(9)])
+    assert len(calls) == 1
+    metrics, same = step(cut(linear.data(9), [4, 5]))
+    assert len(calls) == 1 + 2 * 2
+    assert metrics["loss"] == pytest.approx(whole["loss"], rel=1e-12)
+    torch.testing.assert_close(same, gradient, rtol=1e-12, atol=1e-14)
+
+
 def test_clipping_scales_the_gradient_and_reports_the_norm_before():
     parts = cut(linear.data(9), [4, 5])
     free, gradient = step(parts)
@@ -168,5 +180,14 @@ def test_two_ranks_train_like_one(tmp_path):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-12, atol=1e-14)
     for found, wanted in zip(first["metrics"], one["metrics"], strict=True):
         assert found == pytest.approx(wanted, rel=1e-12)
+    alone = linear.train(0, 1, lambda t: t, micros=1)  # a micro-step per step: all parts in one backward pass
+    assert first["alone"] == second["alone"]
+    torch.testing.assert_close(
+        [torch.tensor(p) for p in first["alone"]["parameters"]],
+        [torch.tensor(p) for p in alone["parameters"]],
+        rtol=1e-12,
+        atol=1e-14,
+    )
+    assert [m["loss"] for m in first["alone"]["metrics"]] == pytest.approx([m["loss"] for m in alone["metrics"]])
     start = [p.tolist() for p in linear.network().parameters()]
     assert first["parameters"] != start
