@@ -222,18 +222,18 @@ def tokens(
     Returns:
         LogProbs (B, K, L - 1) in float32 or better; units before the first counted one hold 0 and are masked.
     """
+    if mismatched and len(batch.x0) < 2:
+        raise UserError(
+            "estimate.mismatched pairs prompts with completions of other records: set run.batch to 2 or more"
+        )
     extra: dict[str, Tensor] = {}
-    by_role: dict[Role, Tensor] = {}
 
     def run(of: Batch, role: Role, head: bool = False) -> Outputs:
         with weights.use(role) as net, autocast():
-            return (_packed if packed else _padded)(family, net, of, head)
+            found = (_packed if packed else _padded)(family, net, of, head)
+        return found if exact_kl else found._replace(logits=None)  # the largest tensor there is: free it
 
     with torch.no_grad():
-        if mismatched and len(batch.x0) < 2:
-            raise UserError(
-                "estimate.mismatched pairs prompts with completions of other records: set run.batch to 2 or more"
-            )
         if mismatched:
             swapped = next_completions(batch)
             both = {role: run(swapped, role).log_probs for role in ("policy", "reference")}
@@ -244,9 +244,11 @@ def tokens(
     if policy.values is not None:
         extra["values"] = policy.values
     if exact_kl:
-        reference = frozen["reference"].logits
-        extra["kl"] = policy.aligned(token_kl(policy.logits, reference))
-        extra["forward_kl"] = policy.aligned(token_kl(reference, policy.logits))
+        reference, mine = frozen["reference"].logits, policy.logits
+        assert reference is not None
+        assert mine is not None
+        extra["kl"] = policy.aligned(token_kl(mine, reference))
+        extra["forward_kl"] = policy.aligned(token_kl(reference, mine))
     return LogProbs(by_role, _mask(batch), present=batch.present, extra=extra)
 
 
@@ -255,8 +257,8 @@ class Outputs(NamedTuple):
 
     log_probs: Tensor
     """(B, K, L - 1)."""
-    logits: Tensor
-    """Of whatever places it was run on, (..., V)."""
+    logits: Tensor | None
+    """Of whatever places it was run on, (..., V), while somebody reads them."""
     values: Tensor | None
     """(B, K, L - 1), if asked for."""
     aligned: Callable[[Tensor], Tensor]

@@ -127,6 +127,14 @@ class LogProbs:
         reduce = self.sum if how == "sum" else self.mean
         return reduce("policy") - reduce(against)
 
+    def counted(self, value: Tensor) -> Tensor:
+        """A value per unit (B, K, U) with 0 where units do not count: what they hold is not even differentiated."""
+        return torch.where(self.mask > 0, value, 0.0)
+
+    def unit_ratio(self, against: Role = "reference") -> Tensor:
+        """(B, K, U): ``log p_policy - log p_against`` of every unit, 0 where units do not count."""
+        return self.counted(self.by_role["policy"] - self.by_role[against])
+
     @property
     def lengths(self) -> Tensor:
         """(B, K): units that count, at least 1."""

@@ -117,7 +117,7 @@ def dense_margin(lp: LogProbs, labels: Labels, segment_reduction: str) -> Tensor
 def _gaps(lp: LogProbs, labels: Labels) -> tuple[Tensor, Tensor]:
     """(B, U): the winner's log-ratio less the loser's per unit, and 1 for units with a winner in both candidates."""
     reward = per_unit(lp, labels, "reward")
-    ratio = torch.where(lp.mask > 0, lp.by_role["policy"] - lp.by_role["reference"], 0.0)
+    ratio = lp.unit_ratio()
     side = torch.sign(reward[:, 0] - reward[:, 1]).to(ratio.dtype)
     counted = (lp.mask > 0).all(1) * side.abs()
     return counted * side * (ratio[:, 0] - ratio[:, 1]), counted

@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from diffalign.errors import UserError
@@ -248,11 +247,9 @@ def nash_md(
         kl_credit: ``token`` multiplies every token's log-prob by its own log-ratio only, as TRL did: that drops the
             credit of later tokens and is biased for sequences.
     """
-    counted = lp.mask > 0
     log_prob = lp.sum()
     if kl_credit == "token":
-        own = torch.where(counted, lp.by_role["policy"] - lp.by_role["reference"], 0.0).detach()
-        penalty = (own * torch.where(counted, lp.by_role["policy"], 0.0)).sum(-1)
+        penalty = (lp.unit_ratio().detach() * lp.counted(lp.by_role["policy"])).sum(-1)
     elif kl_credit == "sequence":
         penalty = lp.ratio().detach() * log_prob
     else:

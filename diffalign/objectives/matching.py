@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffalign.credit import Mode, optimality_probability
-from diffalign.objectives.policy_gradient import advantage, counted, per_candidate
+from diffalign.objectives.policy_gradient import advantage, per_candidate
 from diffalign.registry import objective, shaping
 from diffalign.types import Labels, LogProbs, Loss
 
@@ -53,7 +53,7 @@ def matching_score(lp: LogProbs, labels: Labels, *, weighting: Weighting = "Unif
     t = lp.mask if weighting == "Uniform" else lp.extra["t"]
 
     def score(value: Tensor) -> Tensor:
-        error = counted(lp, -value / lp.scale).clamp_min(0)
+        error = lp.counted(-value / lp.scale).clamp_min(0)
         return -matching_penalty(error, t.to(error.dtype), weighting, power)
 
     return replace(lp, by_role={role: score(value) for role, value in lp.by_role.items()}, scale=1.0)
@@ -80,13 +80,13 @@ def advantage_weighted(
         adv_clip_max: bound of the advantage, 5 in the release.
         advantage_max: what that bound is rescaled to: 1 in the release, None for the paper's unscaled advantage.
     """
-    score = counted(lp, lp.by_role["policy"])
+    score = lp.counted(lp.by_role["policy"])
     gain = advantage(lp, labels, adv_clip_max, advantage_max)
     return per_candidate(lp, -gain * (score - score.detach()).exp())
 
 
 def _velocity_kl(lp: LogProbs, role: str, weight: str, noise_level: float) -> Loss:
-    value = counted(lp, lp.gap[role])
+    value = lp.counted(lp.gap[role])
     if weight == "ELBO":
         t = torch.where(lp.mask > 0, lp.extra["t"].to(value.dtype), 1.0).clamp_min(1e-6)
         value = value * (1 - t.clamp_max(0.99)) / (2 * noise_level**2 * t)
@@ -156,16 +156,16 @@ def branch_errors(lp: LogProbs) -> tuple[Tensor, Tensor]:
     From the errors E and E_old of both policies and their gap: ``b E + (1 - b) E_old - b (1 - b) gap`` and
     ``(1 + b) E_old - b E + b (1 + b) gap``. b is ``extra["mix"]``.
     """
-    b = counted(lp, lp.extra["mix"])
-    new, old = (counted(lp, -lp.by_role[role] / lp.scale) for role in ("policy", "behaviour"))
-    gap = counted(lp, lp.gap["behaviour"])
+    b = lp.counted(lp.extra["mix"])
+    new, old = (lp.counted(-lp.by_role[role] / lp.scale) for role in ("policy", "behaviour"))
+    gap = lp.counted(lp.gap["behaviour"])
     return b * new + (1 - b) * old - b * (1 - b) * gap, (1 + b) * old - b * new + b * (1 + b) * gap
 
 
 def branch_losses(lp: LogProbs) -> tuple[Tensor, Tensor]:
     """(B, K, U) each: self-normalised errors of the clean estimates of both branches, ``t^2 E / max(t |e|, 1e-5)``."""
-    t = counted(lp, lp.extra["t"])
-    scales = ((t * counted(lp, lp.extra[name])).clamp_min(1e-5) for name in ("positive", "negative"))
+    t = lp.counted(lp.extra["t"])
+    scales = ((t * lp.counted(lp.extra[name])).clamp_min(1e-5) for name in ("positive", "negative"))
     positive, negative = (t.square() * error / scale for error, scale in zip(branch_errors(lp), scales, strict=True))
     return positive, negative
 

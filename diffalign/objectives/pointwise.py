@@ -184,7 +184,7 @@ def forward_kl_exact(lp: LogProbs, labels: Labels) -> Loss:
         lp: ``extra["forward_kl"]`` (B, K, U) of completions that the reference wrote.
         labels: as of ``forward_kl``.
     """
-    value = torch.where(lp.mask > 0, lp.extra["forward_kl"], 0.0).sum(-1)
+    value = lp.counted(lp.extra["forward_kl"]).sum(-1)
     return Loss(value, _samples(lp, labels))
 
 

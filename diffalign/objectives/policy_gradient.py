@@ -9,11 +9,11 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffalign.errors import UserError
-from diffalign.objectives.pair import per_unit
+from diffalign.objectives.links import logistic
+from diffalign.objectives.pair import per_unit, side
 from diffalign.registry import objective
 from diffalign.types import Labels, LogProbs, Loss
 
@@ -31,16 +31,6 @@ def advantage(lp: LogProbs, labels: Labels, clip_max: float | None, rescale_to: 
     return value
 
 
-def counted(lp: LogProbs, value: Tensor) -> Tensor:
-    """A value per unit with 0 where units do not count, so that whatever they hold is not even differentiated."""
-    return torch.where(lp.mask > 0, value, 0.0)
-
-
-def log_ratio(lp: LogProbs, against: str) -> Tensor:
-    """(B, K, U): log-prob of the policy minus that of a role, 0 at units that do not count."""
-    return counted(lp, lp.by_role["policy"]) - counted(lp, lp.by_role[against])
-
-
 def clipped_surrogate(ratio_log: Tensor, gain: Tensor, low: float, high: float) -> Tensor:
     """``max(-A rho, -A clip(rho, 1 - low, 1 + high))`` from ``log rho``."""
     ratio = ratio_log.clamp(-LARGEST, LARGEST).exp()
@@ -49,7 +39,7 @@ def clipped_surrogate(ratio_log: Tensor, gain: Tensor, low: float, high: float) 
 
 def per_candidate(lp: LogProbs, value: Tensor) -> Loss:
     """The mean over a candidate's units, every candidate counting once."""
-    return Loss(counted(lp, value).sum(-1) / lp.lengths, lp.exists)
+    return Loss(lp.counted(value).sum(-1) / lp.lengths, lp.exists)
 
 
 def reduced(lp: LogProbs, value: Tensor, reduction: Reduction, max_length: int | None) -> Loss:
@@ -57,10 +47,10 @@ def reduced(lp: LogProbs, value: Tensor, reduction: Reduction, max_length: int |
     if reduction == "sequence":
         return per_candidate(lp, value)
     if reduction == "token":
-        return Loss(counted(lp, value), lp.mask.to(value.dtype) * lp.exists[..., None])
+        return Loss(lp.counted(value), lp.mask.to(value.dtype) * lp.exists[..., None])
     if max_length is None:
         raise UserError("reduction 'fixed' needs max_length")
-    return Loss(counted(lp, value).sum(-1) / max_length, lp.exists)
+    return Loss(lp.counted(value).sum(-1) / max_length, lp.exists)
 
 
 @objective(
@@ -102,9 +92,9 @@ def clipped_policy_gradient(
     gain = advantage(lp, labels, adv_clip_max)
     if level == "candidate":
         whole = lp.ratio("mean", "behaviour")
-        mean_gain = counted(lp, gain.expand_as(lp.mask)).sum(-1) / lp.lengths
+        mean_gain = lp.counted(gain.expand_as(lp.mask)).sum(-1) / lp.lengths
         return Loss(clipped_surrogate(whole, mean_gain, clip_low, clip_high), lp.exists)
-    value = clipped_surrogate(log_ratio(lp, "behaviour"), gain, clip_low, clip_high)
+    value = clipped_surrogate(lp.unit_ratio("behaviour"), gain, clip_low, clip_high)
     return reduced(lp, value, reduction, max_length)
 
 
@@ -142,12 +132,12 @@ def guarded_policy_gradient(
             tuple of dimensions, which averages over the whole micro-batch.
         divide_by_dt: divide by the step length, which rebalances the steps.
     """
-    gap, std, dt = (counted(lp, x) for x in (lp.gap["behaviour"], lp.extra["std"], lp.extra["dt"]))
+    gap, std, dt = (lp.counted(x) for x in (lp.gap["behaviour"], lp.extra["std"], lp.extra["dt"]))
     real = (lp.mask > 0) & (lp.exists > 0)[..., None]
     std, dt = torch.where(real, std, 1.0), torch.where(real, dt, 1.0)
     if bias == "batch":
         gap = torch.where(real, gap, 0.0).sum() / real.sum().clamp_min(1)
-    corrected = (log_ratio(lp, "behaviour") + gap / (2 * std.square())) * std
+    corrected = (lp.unit_ratio("behaviour") + gap / (2 * std.square())) * std
     value = clipped_surrogate(corrected, advantage(lp, labels, adv_clip_max), clip_low, clip_high)
     return per_candidate(lp, value / dt if divide_by_dt else value)
 
@@ -170,7 +160,7 @@ def gaussian_kl(lp: LogProbs, labels: Labels, *, exact: bool = False) -> Loss:
             makes the penalty smaller by d. Either way it is a mean over latent elements, not their sum.
     """
     width = torch.where(lp.mask > 0, lp.extra["std" if exact else "diffusion"], 1.0)
-    return per_candidate(lp, counted(lp, lp.gap["reference"]) / (2 * width.square()))
+    return per_candidate(lp, lp.counted(lp.gap["reference"]) / (2 * width.square()))
 
 
 @objective(k=None, paper="arXiv:2402.03300 eq. 4; estimator k3", roles=("reference",), labels=(), identity=0.0)
@@ -185,7 +175,7 @@ def k3_kl(lp: LogProbs, labels: Labels, *, reduction: Reduction = "sequence", ma
         reduction: as in the main term, see ``clipped_policy_gradient``.
         max_length: divisor of ``fixed``.
     """
-    r = (-log_ratio(lp, "reference")).clamp_max(LARGEST)
+    r = (-lp.unit_ratio("reference")).clamp_max(LARGEST)
     return reduced(lp, torch.expm1(r) - r, reduction, max_length)
 
 
@@ -217,11 +207,10 @@ def clipped_ratio(
     Returns:
         The mean over a pair's steps (B,); ln 2 wherever policy = reference.
     """
-    ratio = log_ratio(lp, "reference")
+    ratio = lp.unit_ratio("reference")
     low, high = torch.log1p(ratio.new_tensor([-clip_eps, clip_eps])).tolist()
-    preference = torch.sign(labels["reward"][:, 0] - labels["reward"][:, 1]).to(ratio.dtype)
-    inside = ratio.clamp(low, high)
-    value = -F.logsigmoid(beta * preference[:, None] * (inside[:, 0] - inside[:, 1]))
+    sign = side(labels, ratio)
+    value = logistic(beta * (sign[..., None] * ratio.clamp(low, high)).sum(1))
     both = lp.mask.to(ratio.dtype).prod(1)
     weight = lp.exists.prod(1) * both.amax(-1)
-    return Loss((both * value).sum(-1) / both.sum(-1).clamp_min(1), weight if keep_ties else weight * preference.abs())
+    return Loss((both * value).sum(-1) / both.sum(-1).clamp_min(1), weight if keep_ties else weight * sign[:, 0].abs())

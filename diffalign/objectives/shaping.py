@@ -59,7 +59,7 @@ def f_divergence(lp: LogProbs, labels: Labels, *, divergence: Divergence, alpha:
 
 def weighted(lp: LogProbs, weight: Tensor) -> LogProbs:
     """Every role's log-probs times a weight (B, K, U) per unit."""
-    by_role = {role: torch.where(lp.mask > 0, weight * value, 0.0) for role, value in lp.by_role.items()}
+    by_role = {role: lp.counted(weight * value) for role, value in lp.by_role.items()}
     return replace(lp, by_role=by_role)
 
 
@@ -90,7 +90,7 @@ def guided_weights(lp: LogProbs, labels: Labels, alpha: float, beta: float) -> T
 
     ``u = beta (log guide - log reference)`` is the guide's reward of a unit, without gradient.
     """
-    guide = torch.where(lp.mask > 0, lp.by_role["guide"] - lp.by_role["reference"], 0.0).detach()
+    guide = lp.counted(lp.by_role["guide"] - lp.by_role["reference"]).detach()
     reward = labels["reward"]
     side = torch.sign(reward - reward.flip(1)).to(guide.dtype)[..., None]
     return lp.mask.to(guide.dtype) * (1 + alpha * beta * side * guide)

@@ -48,7 +48,7 @@ def dro_v(lp: LogProbs, labels: Labels, *, tau: float = 1.0, joint: bool = False
         joint: both networks descend ``1/2 d^2`` itself (eq. 4), the policy with a gradient tau times smaller.
     """
     target = value_target(lp, labels, tau)
-    values = torch.where(lp.mask > 0, lp.extra["values"], 0.0)
+    values = lp.counted(lp.extra["values"])
 
     def loss(d: Tensor, scale: float = 0.5) -> Loss:
         return Loss(mean_over(scale * d.square(), lp.mask), lp.exists)
@@ -111,10 +111,9 @@ def oreo(
             state, the value still one per token.
         kl_reg: 0.01 in the paper; 0 leaves ``kl`` unread.
     """
-    counted = lp.mask > 0
-    ratios = torch.where(counted, lp.by_role["policy"] - lp.by_role["reference"], 0.0)
+    ratios = lp.unit_ratio()
     future = ratios.flip(-1).cumsum(-1).flip(-1)
-    values = torch.where(counted, lp.extra["values"], 0.0)
+    values = lp.counted(lp.extra["values"])
     error = values - labels["reward"].to(values.dtype)[..., None]
     states = lp.mask * (per_unit(lp, labels, "state") if "state" in labels else lp.mask)
     if granularity == "token":

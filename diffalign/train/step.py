@@ -75,7 +75,7 @@ def preference_metrics(lp: LogProbs, labels: Labels, beta: float) -> dict[str, f
     present = lp.exists > 0
     metrics = {"err/policy": (-lp.mean() / lp.scale)[present].mean().item()}
     if "reference" in lp.gap:
-        gap = torch.where(lp.mask > 0, lp.gap["reference"], 0.0).sum(-1) / lp.lengths
+        gap = lp.counted(lp.gap["reference"]).sum(-1) / lp.lengths
         metrics["gap"] = gap[present].mean().item()
     if "reference" not in lp.by_role:
         return metrics
