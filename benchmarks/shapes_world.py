@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffalign.evaluate import compare
 from diffalign.families.base import load_family
-from diffalign.generate import candidate_seed, sample_images
+from diffalign.generate import candidate_seed, sample_media
 from diffalign.results import Results, markdown_table
 from diffalign.types import Request, Sampling
 from diffalign.worlds.shapes.judge import Verdict, judge
@@ -56,7 +56,7 @@ def judge_table() -> list[str]:
     mixed = torch.randperm(len(clean), generator=generator)
     small = F.interpolate(clean, size=24, mode="bilinear", antialias=True)
     family = load_family("sd3", "embedded:shapes")
-    posteriors = [family.encode_image(part * 2 - 1) for part in clean.split(500)]
+    posteriors = [family.encode_media(part * 2 - 1) for part in clean.split(500)]
     rebuilt = torch.cat([family.decode(family.latents(mean, logvar)) for mean, logvar in posteriors])
     rows = {
         "clean renders": clean,
@@ -79,7 +79,7 @@ def model_table(guidance: float, steps: int) -> str:
     requests = [Request(m["prompt"], candidate_seed(77, str(i), 0)) for i, m in enumerate(batch)]
     sampling = Sampling(steps=steps, guidance=guidance)
     started = time.perf_counter()
-    chunks = [sample_images(family, requests[i : i + 192], sampling) for i in range(0, len(requests), 192)]
+    chunks = [sample_media(family, requests[i : i + 192], sampling) for i in range(0, len(requests), 192)]
     rate = len(batch) / (time.perf_counter() - started)
     verdicts = judge(torch.cat(chunks), batch)
     found: dict[str, dict[str, list[float]]] = {}

@@ -43,8 +43,10 @@ class SamplingConfig(Strict):
     sampler: str = "euler"
     steps: int = Field(default=20, gt=0)
     guidance: float = Field(default=1.0, ge=0, description="1 = no classifier-free guidance")
-    size: tuple[int, int] | None = Field(default=None, description="height, width in pixels; default: the model's own")
-    batch: int = Field(default=64, gt=0, description="images per forward")
+    size: tuple[int, int] | tuple[int, int, int] | None = Field(
+        default=None, description="height, width in pixels (frames before them for clips); default: the model's own"
+    )
+    batch: int = Field(default=64, gt=0, description="samples per forward")
 
 
 class DecodingConfig(Strict):
@@ -110,7 +112,16 @@ class DataConfig(Strict):
     """What a run trains on."""
 
     records: str
-    size: tuple[int, int] | None = Field(default=None, description="height, width in pixels; default: the model's own")
+    size: tuple[int, int] | tuple[int, int, int] | None = Field(
+        default=None, description="height, width in pixels (frames before them for clips); default: the model's own"
+    )
+    buckets: int | None = Field(
+        default=None,
+        gt=0,
+        description="a record keeps its aspect ratio: sides in multiples of so many pixels, area of size",
+    )
+    crop: Literal["centre", "random"] = Field(default="centre", description="random: one place per record")
+    flip: bool = Field(default=False, description="take a record mirrored half the time, all candidates alike")
     cache: str | None = Field(default=None, description="latent and prompt cache; default: beside the records")
     max_tokens: int | None = Field(default=None, gt=1, description="text: longest sequence; default: the model's own")
 

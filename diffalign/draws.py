@@ -11,6 +11,7 @@ from torch import Tensor
 from diffalign import timesteps
 from diffalign.errors import UserError
 from diffalign.estimate import flatten_condition
+from diffalign.randomness import Generator, device_of, rand, randn
 from diffalign.registry import check_parameters
 from diffalign.schedule import Discrete, Rectified, expand
 from diffalign.types import Batch, DiffusionFamily, Draw, Family, Path, Schedule, Weights
@@ -18,18 +19,17 @@ from diffalign.types import Batch, DiffusionFamily, Draw, Family, Path, Schedule
 Times = Literal["discrete", "discrete_wo_init", "discrete_with_init", "uniform", "logit_normal", "permuted"]
 
 
-def _shared(shape: tuple[int, ...], k: int, generator: torch.Generator, share: bool) -> Tensor:
+def _noise(shape: tuple[int, ...], generator: Generator, share: bool) -> Tensor:
     """Standard normal (B, K, ...), the same for all K candidates of a record if shared."""
-    b, rest = shape[0], shape[2:]
-    drawn = torch.randn((b, 1 if share else k, *rest), generator=generator, device=generator.device)
-    return drawn.expand(b, k, *rest)
+    b, k, *rest = shape
+    return randn((b, 1 if share else k, *rest), generator).expand(b, k, *rest)
 
 
 def forward(
     family: DiffusionFamily,
     weights: Weights,
     batch: Batch,
-    generator: torch.Generator,
+    generator: Generator,
     *,
     share_t: bool = True,
     share_noise: bool = True,
@@ -41,7 +41,7 @@ def forward(
         family: gives the schedule.
         weights: unused; draws that run a network (inversion) need it.
         batch: ``x0`` (B, K, ...).
-        generator: the only source of randomness.
+        generator: the only source of randomness, one for the batch or one per record, as in every draw.
         share_t, share_noise: one draw per record (Diffusion-DPO), else one per candidate.
         density: keyword arguments of the schedule's ``sample_t``, for example ``{"mean": 0.5}``.
     """
@@ -49,7 +49,7 @@ def forward(
     schedule = family.schedule
     check_parameters(schedule.sample_t, density or {}, "draw.density")
     t = schedule.sample_t((b, 1 if share_t else k), generator, **(density or {})).expand(b, k)
-    noise = _shared(tuple(batch.x0.shape), k, generator, share_noise)
+    noise = _noise(tuple(batch.x0.shape), generator, share_noise)
     return Draw(t, schedule.add_noise(batch.x0, noise, t), schedule.target(batch.x0, noise, t))
 
 
@@ -57,7 +57,7 @@ def inversion(
     family: DiffusionFamily,
     weights: Weights,
     batch: Batch,
-    generator: torch.Generator,
+    generator: Generator,
     *,
     steps: int = 9,
     released: bool = False,
@@ -147,7 +147,7 @@ def _carried(schedule: Schedule, x: Tensor, prediction: Tensor, below: Tensor, l
     return schedule.add_noise(x0, noise, level)
 
 
-def none(family: Family, weights: Weights, batch: Batch, generator: torch.Generator) -> None:
+def none(family: Family, weights: Weights, batch: Batch, generator: Generator) -> None:
     """Nothing to draw: text has no noise level."""
 
 
@@ -155,7 +155,7 @@ def repeated(
     family: DiffusionFamily,
     weights: Weights,
     batch: Batch,
-    generator: torch.Generator,
+    generator: Generator,
     *,
     count: int = 6,
     kind: Times = "discrete_wo_init",
@@ -171,8 +171,9 @@ def repeated(
         batch: ``x0`` (B, K, ...).
         generator: the only source of randomness.
         count: T, times per candidate.
-        kind: one time per stratum (AWM, see ``timesteps``), for the discrete kinds of the sampling grid and shared by
-            all candidates, or a random ``permuted`` choice of grid times without repetition for each (DiffusionNFT).
+        kind: one time per stratum (AWM, see ``timesteps``), for all but ``uniform`` shared by the candidates of a
+            record (by a micro-batch in the release), or a random ``permuted`` choice of grid times without repetition
+            for each candidate (DiffusionNFT).
         steps: of the grid.
         fraction: the part of the grid, from the noisy end, that discrete strata are cut from; 0.9 in AWM.
         time_shift: of the kinds ``uniform`` and ``logit_normal``, which use no grid; 3 in AWM.
@@ -181,30 +182,28 @@ def repeated(
         A draw with ``t`` (B, K, T): times are units.
     """
     b, k = batch.x0.shape[:2]
-    device = generator.device
     if kind in ("uniform", "logit_normal"):
         t = _continuous(kind, (b, k, count), Rectified(shift=time_shift), generator)
     else:
         if kind == "permuted":
-            index = timesteps.subset(torch.rand((b, k, steps), generator=generator, device=device), count)
+            index = timesteps.subset(rand((b, k, steps), generator), count)
         else:
-            u = torch.rand(count - (kind == "discrete_with_init"), generator=generator, device=device)
+            u = rand((b, 1, count - (kind == "discrete_with_init")), generator)
             index = timesteps.discrete(kind, count, int(steps * fraction), u).expand(b, k, count)
-        t = family.schedule.grid(steps)[:-1].to(device)[index]
+        t = family.schedule.grid(steps)[:-1].to(device_of(generator))[index]
     x0 = batch.x0[:, :, None].expand(-1, -1, count, *batch.x0.shape[2:])
-    noise = torch.randn(x0.shape, generator=generator, device=device)
+    noise = randn(x0.shape, generator)
     return Draw(t, family.schedule.add_noise(x0, noise, t), family.schedule.target(x0, noise, t))
 
 
-def _continuous(kind: str, shape: tuple[int, int, int], line: Rectified, generator: torch.Generator) -> Tensor:
-    b, k, count = shape
-
-    def rand(*size: int) -> Tensor:
-        return torch.rand(size, generator=generator, device=generator.device)
-
+def _continuous(kind: str, shape: tuple[int, int, int], line: Rectified, generator: Generator) -> Tensor:
+    b, _, count = shape
     if kind == "uniform":
-        return timesteps.uniform(rand(count, b * k), rand(count, b * k), line.shifted).T.reshape(shape)
-    return timesteps.logit_normal(rand(count), rand(count).argsort(), line.shifted).expand(shape)
+        u, keys = (rand(shape, generator).flatten(0, 1).T for _ in range(2))
+        return timesteps.uniform(u, keys, line.shifted).T.reshape(shape)
+    u, keys = (rand((b, count), generator) for _ in range(2))
+    rows = [timesteps.logit_normal(row, key.argsort(), line.shifted) for row, key in zip(u, keys, strict=True)]
+    return torch.stack(rows)[:, None].expand(shape)
 
 
 def _path(batch: Batch) -> Path:
@@ -222,7 +221,7 @@ def transition(
     family: DiffusionFamily,
     weights: Weights,
     batch: Batch,
-    generator: torch.Generator,
+    generator: Generator,
     *,
     count: int | None = 1,
     fraction: float = 1.0,
@@ -244,13 +243,13 @@ def transition(
     usable = int(steps * fraction)
     if usable == 0:
         raise UserError(f"draw.fraction: {fraction} of a trajectory of {steps} steps leaves none to train on")
-    keys = torch.rand((b, 1 if share else k, usable), generator=generator, device=generator.device)
+    keys = rand((b, 1 if share else k, usable), generator)
     index = timesteps.subset(keys, count).expand(b, k, -1).to(path.t.device)
     now, following = (_at(path.t, index + shift) for shift in (0, 1))
     return Draw(now, _at(path.x, index), _at(path.prediction, index), following, _at(path.x, index + 1))
 
 
-def replay(family: DiffusionFamily, weights: Weights, batch: Batch, generator: torch.Generator) -> Draw:
+def replay(family: DiffusionFamily, weights: Weights, batch: Batch, generator: Generator) -> Draw:
     """Diffusion-DRO (arXiv:2510.18353): the expert is noised afresh, the policy's sample is read from its trajectory.
 
     The candidate with the higher reward is the expert. Both are at the time of one random stored step of the other's
@@ -268,10 +267,9 @@ def replay(family: DiffusionFamily, weights: Weights, batch: Batch, generator: t
     if reward is None or reward.shape != (b, k):
         raise UserError("draw 'replay' reads the label 'reward', one number per candidate")
     sampled = reward.argmin(1)
-    index = torch.randint(steps, (b, 1, 1), generator=generator, device=generator.device).to(path.t.device)
-    index = index.expand(b, k, 1)
+    index = (rand((b, 1, 1), generator) * steps).long().to(path.t.device).expand(b, k, 1)
     t = _at(path.t, index)[:, :, 0].gather(1, sampled[:, None]).expand(b, k)
-    noise = torch.randn(batch.x0.shape, generator=generator, device=generator.device)
+    noise = randn(batch.x0.shape, generator)
     expert = expand(reward == reward.amax(1, keepdim=True), noise)
     x_t = torch.where(expert, family.schedule.add_noise(batch.x0, noise, t), _at(path.x, index)[:, :, 0])
     target = torch.where(expert, family.schedule.target(batch.x0, noise, t), _at(path.prediction, index)[:, :, 0])

@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffalign import config as cfg
+from diffalign import media
 from diffalign import records as store
 from diffalign.errors import UserError
 from diffalign.families.base import DiffusersFamily, family_class, load_family, tensor_digest
-from diffalign.files import claim
+from diffalign.files import claim, replacing
 from diffalign.records import Candidate, Record, plain
 from diffalign.samplers import find_sampler, guided
 from diffalign.types import Decoding, Request, Sampling
@@ -96,21 +97,18 @@ def candidate_seed(seed: int, record: str, k: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def sample_images(family: DiffusersFamily, requests: Sequence[Request], sampling: Sampling) -> Tensor:
-    """(N, 3, H, W) in [0, 1], one per request. The noise of each comes from its own seed, whatever the batch."""
-    sampler = find_sampler(sampling.sampler, family.schedule)
+def sample_media(family: DiffusersFamily, requests: Sequence[Request], sampling: Sampling) -> Tensor:
+    """Decoded samples, one per request, as :mod:`diffalign.media` writes them.
+
+    The noise of each comes from its own seed, whatever the batch.
+    """
+    schedule = family.schedule_for(sampling.size)
+    sampler = find_sampler(sampling.sampler, schedule)
     shape = family.latent_shape(sampling.size)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(r.seed)) for r in requests])
-    prompts = [str(r.prompt) for r in requests]
-    cond, empty = family.encode_prompt(prompts), family.encode_prompt([""] * len(prompts))
-    predict = guided(family, family.net, cond, empty, sampling.guidance)
-    grid = family.schedule_for(sampling.size).grid(sampling.steps).to(family.device)
-    return family.decode(sampler(predict, noise.to(family.device), grid))
-
-
-def _to_bytes(image: Tensor) -> np.ndarray:
-    """(3, H, W) in [0, 1] -> (H, W, 3) uint8, rounded as the stock pipelines do."""
-    return (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    cond = family.condition(requests, sampling.size)
+    predict = guided(family, family.net, cond, family.unconditional(cond), sampling.guidance)
+    return family.decode(sampler(predict, noise.to(family.device), schedule.grid(sampling.steps).to(family.device)))
 
 
 def generate(
@@ -139,7 +137,7 @@ def generate(
         The records file.
     """
     path = out / RECORDS
-    sample: Callable[..., list[Candidate]] = _texts if isinstance(sampling, Decoding) else _images
+    sample: Callable[..., list[Candidate]] = _texts if isinstance(sampling, Decoding) else _media
     with store.Appender(path) as appender, _progress() as progress:
         task = progress.add_task(title, total=len(prompts) * candidates)
         for group in _groups(prompts, max(1, batch // candidates)):
@@ -162,20 +160,25 @@ Wanted = tuple[Record, int, int]
 """Record, number of the candidate, seed."""
 
 
-def _images(family: DiffusersFamily, chunk: Sequence[Wanted], out: Path, sampling: Sampling) -> list[Candidate]:
-    """Sample one batch and write the images that are not there yet."""
-    names = [f"media/{record.id}-{k}.png" for record, k, _ in chunk]
+def _media(family: DiffusersFamily, chunk: Sequence[Wanted], out: Path, sampling: Sampling) -> list[Candidate]:
+    """Sample one batch and write the files that are not there yet."""
+    names = [f"media/{record.id}-{k}{media.SUFFIX[family.modality]}" for record, k, _ in chunk]
     missing = {name for name in names if not (out / name).is_file()}
     if missing:
-        images = sample_images(family, [Request(str(r.prompt), seed) for r, _, seed in chunk], sampling)
-        for (record, _, _), name, image in zip(chunk, names, images, strict=True):
-            if not image.isfinite().all():
+        made = sample_media(family, [_request(record, seed, out) for record, _, seed in chunk], sampling)
+        for (record, _, _), name, sample in zip(chunk, names, made, strict=True):
+            if not sample.isfinite().all():
                 raise UserError(
-                    f"record {record.id!r}: the model samples {image.mean().item()}; check model and adapter"
+                    f"record {record.id!r}: the model samples {sample.mean().item()}; check model and adapter"
                 )
             if name in missing:
-                store.save_image(out / name, _to_bytes(image))
+                media.write(family.modality, out / name, sample)
     return [Candidate(sample=name) for name in names]
+
+
+def _request(record: Record, seed: int, out: Path) -> Request:
+    condition = None if record.condition is None else store.read_image(out, record.condition, keep_alpha=True)
+    return Request(str(record.prompt), seed, condition)
 
 
 def _texts(family: Any, chunk: Sequence[Wanted], out: Path, decoding: Decoding) -> list[Candidate]:
@@ -248,7 +251,7 @@ def generate_with(
     settings = sampling_config(config, model.family)
     return generate(
         load_model(model),
-        prompts,
+        [_with_condition(record, Path(config.prompts.source).parent, out) for record in prompts],
         out,
         candidates=config.candidates,
         sampling=make_sampling(settings),
@@ -257,6 +260,20 @@ def generate_with(
         model=model_name(model),
         title=title,
     )
+
+
+def _with_condition(record: Record, root: Path, out: Path) -> Record:
+    """A prompt whose condition image lies with the samples, since records name files of their own folder alone."""
+    if record.condition is None:
+        return record
+    content = store.media_path(root, record.condition)
+    if not content.is_file():
+        raise UserError(f"record {record.id!r}: {content}: no such condition image")
+    name = f"media/condition-{record.id}{content.suffix}"
+    if not (out / name).is_file():
+        with replacing(out / name, durable=False) as handle:
+            handle.write(content.read_bytes())
+    return record.model_copy(update={"condition": name})
 
 
 def run(config: cfg.GenerateConfig, dry_run: bool = False) -> Path:

@@ -268,8 +268,8 @@ def media_path(root: Path, relative: str) -> Path:
     return path
 
 
-def read_image(root: Path, relative: str) -> Image.Image:
-    """A media file as an upright RGB image; transparency is laid over white.
+def read_image(root: Path, relative: str, *, keep_alpha: bool = False) -> Image.Image:
+    """A media file as an upright RGB image; transparency is laid over white, or kept (RGBA).
 
     Raises:
         UserError: the file is missing, broken, no image, not 8 bits per channel, or above ``MAX_PIXELS``.
@@ -286,7 +286,7 @@ def read_image(root: Path, relative: str) -> Image.Image:
                 if image.mode[0] in "IF":  # PIL would clip these to white
                     raise UserError(f"{path}: mode {image.mode} has more than 8 bits per channel; convert it first")
                 if image.width * image.height <= MAX_PIXELS:
-                    return _flatten(ImageOps.exif_transpose(image))
+                    return _flatten(ImageOps.exif_transpose(image), keep_alpha)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pass
     except _DECODER_ERRORS as error:
@@ -294,13 +294,13 @@ def read_image(root: Path, relative: str) -> Image.Image:
     raise UserError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down")
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def _flatten(image: Image.Image, keep_alpha: bool) -> Image.Image:
     from PIL import Image
 
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if keep_alpha else Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def save_image(path: Path, array: np.ndarray) -> None:

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.randomness import Generator, rand, randn
+
 Density = Literal["uniform", "logit_normal"]
 
 
@@ -30,14 +32,11 @@ def expand(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(*t.shape, *[1] * (like.ndim - t.ndim))
 
 
-def _unit_times(
-    shape: tuple[int, ...], generator: torch.Generator, density: Density, mean: float, std: float
-) -> Tensor:
-    device = generator.device
+def _unit_times(shape: tuple[int, ...], generator: Generator, density: Density, mean: float, std: float) -> Tensor:
     if density == "uniform":
-        return torch.rand(shape, generator=generator, device=device)
+        return rand(shape, generator)
     if density == "logit_normal":
-        return (mean + std * torch.randn(shape, generator=generator, device=device)).sigmoid()
+        return (mean + std * randn(shape, generator)).sigmoid()
     raise ValueError(f"unknown timestep density {density!r}: choose uniform or logit_normal")
 
 
@@ -83,7 +82,7 @@ class Rectified:
     def sample_t(
         self,
         shape: tuple[int, ...],
-        generator: torch.Generator,
+        generator: Generator,
         *,
         density: Density = "logit_normal",
         mean: float = 0.0,
@@ -172,7 +171,7 @@ class Discrete:
     def sample_t(
         self,
         shape: tuple[int, ...],
-        generator: torch.Generator,
+        generator: Generator,
         *,
         density: Density = "uniform",
         mean: float = 0.0,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffalign.dataset import DERIVED, label_values
 from diffalign.errors import UserError
+from diffalign.randomness import Generator, device_of
 from diffalign.records import Candidate, Record, plain
 from diffalign.types import Batch
 
@@ -48,6 +49,7 @@ class TextDataset:
         self.records = records
         self.family = family
         self.k = max(len(r.candidates) for r in records)
+        self.groups = [0] * len(records)
         self.truncated = 0
         self._limit = min(max_tokens or 2**31, family.max_tokens or 2**31)
         self._rows: list[list[tuple[list[int], list[int]]]] = []
@@ -71,7 +73,7 @@ class TextDataset:
             ids, counts = ids[start : start + self._limit], counts[start : start + self._limit]
         return ids, counts
 
-    def batch(self, indices: Sequence[int], generator: torch.Generator, labels: Sequence[str]) -> Batch:
+    def batch(self, indices: Sequence[int], generator: Generator, labels: Sequence[str]) -> Batch:
         """Ids (B, K, L), padded on the right; the mask (B, K, L - 1) is aligned with the predicted token."""
         rows = [self._rows[i] for i in indices]
         width = max(len(ids) for row in rows for ids, _ in row)
@@ -92,7 +94,7 @@ class TextDataset:
             values["ids"] = ids[..., 1:]
         if "state" in labels:
             values["state"] = self._states(ids, mask)
-        return Batch(ids, {"attention": attention}, values, mask, present=present).to(generator.device)
+        return Batch(ids, {"attention": attention}, values, mask, present=present).to(device_of(generator))
 
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, K, U): 1 for a counted token that begins an answer or follows a line break: a step of reasoning."""

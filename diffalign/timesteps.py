@@ -1,6 +1,6 @@
 """Training times drawn in strata (AWM, arXiv:2509.25050; release scxue/advantage_weighted_matching).
 
-``discrete`` kinds choose entries of the sampling grid, one per stratum, shared by all samples of a micro-batch;
+``discrete`` kinds choose entries of the sampling grid, one per stratum (the release shares them in a micro-batch);
 ``uniform`` and ``logit_normal`` choose times in [0, 1] that the schedule's shift is applied to. Randomness comes in as
 uniform numbers, so that every function here is exact and repeatable.
 """
@@ -31,12 +31,12 @@ def strata(kind: Kind, count: int, levels: int) -> tuple[Tensor, Tensor]:
 
 
 def discrete(kind: Kind, count: int, levels: int, u: Tensor) -> Tensor:
-    """(count,) grid indices: one uniform number (in [0, 1)) per stratum."""
+    """(..., count) grid indices: one uniform number (in [0, 1)) per stratum, along the last dimension."""
     lower, upper = (bound.to(u.device) for bound in strata(kind, count, levels))
-    if u.shape != lower.shape:
+    if u.shape[-1:] != lower.shape:
         raise ValueError(f"{kind}: {len(lower)} uniform numbers expected, got {tuple(u.shape)}")
     index = lower + (u * (upper - lower)).long()
-    return torch.cat([index.new_zeros(1), index]) if kind == "discrete_with_init" else index
+    return torch.nn.functional.pad(index, (1, 0)) if kind == "discrete_with_init" else index
 
 
 def uniform(u: Tensor, keys: Tensor, shifted: Callable[[Tensor], Tensor], low: float = 0.2) -> Tensor:

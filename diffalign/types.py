@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffalign.randomness import Generator
+
 Condition = dict[str, Tensor]
 """Opaque outside its family; every tensor leads with (B, K) or (B, 1)."""
 Role = str
@@ -207,7 +209,7 @@ class Schedule(Protocol):
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
     def native(self, t: Tensor) -> Tensor: ...
     def grid(self, steps: int) -> Tensor: ...
-    def sample_t(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor: ...
+    def sample_t(self, shape: tuple[int, ...], generator: Generator) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,16 +219,20 @@ class Request:
     prompt: str | Sequence[Mapping[str, str]]
     """Text, or a conversation of ``{"role", "content"}`` turns."""
     seed: int
+    condition: Any = None
+    """A PIL image, for families that read one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample: ``guidance`` 1 means without classifier-free guidance; ``size`` (height, width) in pixels."""
+    """How to sample: ``guidance`` 1 means without classifier-free guidance; ``size`` (height, width) in pixels, with
+    frames before them for clips.
+    """
 
     sampler: str = "euler"
     steps: int = 20
     guidance: float = 1.0
-    size: tuple[int, int] | None = None
+    size: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,15 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from diffalign.errors import UserError, nearest
-from diffalign.types import Condition, Schedule
+from diffalign.media import Modality, Size, View
+from diffalign.types import Condition, Request, Schedule
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 WORLDS = Path(__file__).parent.parent / "worlds"
@@ -161,7 +163,7 @@ class DiffusersFamily:
     """
 
     name: str
-    modality: Literal["image", "video"] = "image"
+    modality: Modality = "image"
     net_name: ClassVar[str] = "transformer"
     lora_file: ClassVar[str] = LORA_FILE
     index_file: ClassVar[str] = "model_index.json"
@@ -169,6 +171,8 @@ class DiffusersFamily:
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     without: ClassVar[tuple[str, ...]] = ()
     """Components that a checkpoint may leave out; the stock loader insists on being told."""
+    reads_condition: ClassVar[bool] = False
+    """Whether every sample needs a condition image beside its prompt."""
     options: ClassVar[dict[str, Any]] = {}
     """More for the stock loader; components that are None here are never loaded, whether the folder has them or not."""
 
@@ -227,12 +231,14 @@ class DiffusersFamily:
         """What the sides of an image must be multiples of, and their maximum, if there is one."""
         return self.pipe.vae_scale_factor, None
 
-    def image_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+    def sample_size(self, size: Size | None) -> Size:
         """Height and width in pixels that will be used for a wish.
 
         Raises:
             UserError: a size the model cannot represent.
         """
+        if size is not None and len(size) != 2:
+            raise UserError(f"size {list(size)}: {self.name} makes images, give height and width")
         height, width = size or self.default_size
         step, most = self.size_rule
         if any(side <= 0 or side % step or side > (most or side) for side in (height, width)):
@@ -240,13 +246,13 @@ class DiffusersFamily:
             raise UserError(f"size {height}x{width}: both sides must be multiples of {step}{limit}")
         return height, width
 
-    def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, ...]:
+    def latent_shape(self, size: Size | None) -> tuple[int, ...]:
         """(C, h, w) of a latent for an image of ``size`` pixels."""
-        height, width = self.image_size(size)
+        height, width = self.sample_size(size)
         factor = self.pipe.vae_scale_factor
         return self.vae.config.latent_channels, height // factor, width // factor
 
-    def schedule_for(self, size: tuple[int, int] | None) -> Schedule:
+    def schedule_for(self, size: Size | None) -> Schedule:
         """The schedule to sample an image of ``size`` pixels with; most models have one for all sizes."""
         return self.schedule
 
@@ -263,9 +269,9 @@ class DiffusersFamily:
         return tensor_digest(frozen)[:16]
 
     @torch.no_grad()
-    def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) in [-1, 1] -> mean and log-variance of the VAE posterior, unscaled."""
-        posterior = self.vae.encode(pixels.to(self.device)).latent_dist
+    def encode_media(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (N, 3, H, W) in [-1, 1] -> mean and log-variance of the VAE posterior, unscaled."""
+        posterior = self.vae.encode(samples.to(self.device)).latent_dist
         return posterior.mean, posterior.logvar
 
     def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -295,6 +301,32 @@ class DiffusersFamily:
 
     def _encode(self, prompts: list[str]) -> Condition:
         raise NotImplementedError
+
+    def encode_condition(self, images: Sequence[Image.Image], size: Size) -> Condition:
+        """What condition images give, leading with N, for samples of ``size``."""
+        raise NotImplementedError
+
+    def encode_geometry(self, views: Sequence[View]) -> Condition:
+        """What the network is told of how pictures were cut, leading with N; most are told nothing."""
+        return {}
+
+    def condition(self, requests: Sequence[Request], size: Size | None) -> Condition:
+        """Everything that samples of ``size`` are conditioned on, leading with N; pictures are not cropped."""
+        resolved = self.sample_size(size)
+        height, width = resolved[-2:]
+        cond = self.encode_prompt([str(request.prompt) for request in requests])
+        cond |= self.encode_geometry([View((height, width), (height, width), (0, 0), (height, width))] * len(requests))
+        if self.reads_condition:
+            images = [request.condition for request in requests]
+            if any(image is None for image in images):
+                raise UserError(f"{self.name} needs a condition image with every prompt, see `condition` of a record")
+            cond |= self.encode_condition([image for image in images if image is not None], resolved)
+        return cond
+
+    def unconditional(self, cond: Condition) -> Condition:
+        """The branch of classifier-free guidance without the prompt; what else the condition holds is kept."""
+        n = len(next(iter(cond.values())))
+        return {**cond, **self.encode_prompt([""] * n)}
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The network's output at unit time ``t`` (N,), in the schedule's parametrisation."""

@@ -11,6 +11,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from diffalign.errors import UserError
 from diffalign.families.base import DiffusersFamily
+from diffalign.media import Size
 from diffalign.schedule import Rectified
 from diffalign.types import Condition
 
@@ -63,12 +64,12 @@ class Family(DiffusersFamily):
         """Whole patches of latents; rotary positions set no maximum."""
         return self.pipe.vae_scale_factor * PATCH, None
 
-    def schedule_for(self, size: tuple[int, int] | None) -> Rectified:
+    def schedule_for(self, size: Size | None) -> Rectified:
         """The stock scheduler's static shift, or its dynamic one for an image of ``size``; times go in as they are."""
         config = self.pipe.scheduler.config
         shift = config.shift
         if config.use_dynamic_shifting:
-            _, height, width = self.latent_shape(size)
+            height, width = self.latent_shape(size)[-2:]
             tokens = (height // PATCH) * (width // PATCH)
             slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
             mu = config.base_shift + slope * (tokens - config.base_image_seq_len)

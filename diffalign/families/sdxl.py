@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,13 +10,14 @@ from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from diffalign.families import sd
+from diffalign.media import View
 from diffalign.types import Condition
 
 
 class Family(sd.Family):
     """SDXL base behind the diffusion protocol. The empty prompt is zeros where the checkpoint says so, as in sampling.
 
-    Original and target size are the size used, without a crop: ``(h, w, 0, 0, h, w)`` in pixels.
+    It is told the size of the picture's file, where it was cropped, and the size used (section 2.2), in pixels.
     """
 
     name = "sdxl"
@@ -35,14 +37,17 @@ class Family(sd.Family):
             states, pooled = states * given[:, None, None], pooled * given[:, None]
         return {"states": states, "pooled": pooled}
 
+    def encode_geometry(self, views: Sequence[View]) -> Condition:
+        """``sizes`` (N, 6): height and width of the original, top and left of the crop, height and width used."""
+        rows = [[*view.original, *view.crop, *view.target] for view in views]
+        return {"sizes": torch.tensor(rows, dtype=torch.float32, device=self.device)}
+
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Noise or v (N, C, h, w) at time ``t`` (N,)."""
-        height, width = (side * self.pipe.vae_scale_factor for side in x_t.shape[-2:])
-        sizes = torch.tensor([[height, width, 0.0, 0.0, height, width]], device=x_t.device).expand(len(x_t), -1)
         return net(
             x_t,
             self.schedule.native(t),
             encoder_hidden_states=cond["states"],
-            added_cond_kwargs={"text_embeds": cond["pooled"], "time_ids": sizes},
+            added_cond_kwargs={"text_embeds": cond["pooled"], "time_ids": cond["sizes"]},
             return_dict=False,
         )[0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffalign import config as cfg
 from diffalign import records as store
 from diffalign.configfile import dump
-from diffalign.dataset import DERIVED, Dataset, check_records, order
+from diffalign.dataset import DERIVED, Dataset, Visit, check_records, visits
+from diffalign.encoding import Cut
 from diffalign.errors import UserError, nearest
 from diffalign.families.base import family_class, load_family
 from diffalign.methods import modality, needs, reads_paths, resolve
+from diffalign.randomness import keyed
 from diffalign.records import Record
 from diffalign.registry import find_objective
 from diffalign.textset import TextDataset
@@ -120,7 +123,8 @@ def _encode(data: cfg.DataConfig, records: list[Record], family: Any, visible: b
         if family.modality == "text":
             return TextDataset(records, family, data.max_tokens, advance)
         cache = Path(data.cache) if data.cache else source.parent / "cache"
-        return Dataset(records, source.parent, family, cache, data.size, advance)
+        cut = Cut(data.size, data.buckets, data.crop, data.flip)
+        return Dataset(records, source.parent, family, cache, cut, advance)
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], optim: cfg.OptimConfig) -> torch.optim.Optimizer:
@@ -189,22 +193,31 @@ def check_health(step: int, metrics: dict[str, float], run: Run) -> None:
         )
 
 
-def _micro_batches(job: Job, step: int) -> Iterator[tuple[Batch, torch.Generator]]:
-    """This process's micro-batches of one step, with the generator of each."""
+def _schedule(job: Job, first: int) -> Iterator[list[list[Visit]]]:
+    """From step ``first`` on: the records of every micro-step, of this process, of a step."""
     settings, run = job.config.run, job.run
-    for micro in range(settings.accumulate):
-        generator = run.generator(step, micro)
-        start = ((step * settings.accumulate + micro) * run.world + run.rank) * settings.batch
-        indices = list(order(len(job.data), settings.seed, start, settings.batch))
-        yield job.data.batch(indices, generator, job.labels), generator
+    batches = visits(job.data.groups, settings.seed, settings.batch)
+    each = settings.accumulate * run.world
+    for _ in range(first * each):
+        next(batches)
+    while True:
+        step = list(itertools.islice(batches, each))
+        yield step[run.rank :: run.world]
 
 
-def _step(job: Job, step: int) -> dict[str, float]:
+def _batch(job: Job, chosen: Sequence[Visit]) -> tuple[Batch, list[torch.Generator]]:
+    """A micro-batch, and all randomness of each of its records: a visit has the same on whatever rank it comes."""
+    generators = [keyed(job.family.device, job.config.run.seed, *visit) for visit in chosen]
+    return job.data.batch([visit.record for visit in chosen], generators, job.labels), generators
+
+
+def _step(job: Job, step: int, micros: Sequence[Sequence[Visit]]) -> dict[str, float]:
     """One optimiser step; every check that can fail fails before the weights change."""
     rows = []
-    for batch, generator in _micro_batches(job, step):
+    for chosen in micros:
+        batch, generators = _batch(job, chosen)
         precision, mean = job.run.autocast, job.run.mean_over_ranks
-        result = loss_step(job.method, job.family, job.weights, batch, generator, autocast=precision, world_mean=mean)
+        result = loss_step(job.method, job.family, job.weights, batch, generators, autocast=precision, world_mean=mean)
         if step == 0:
             check_start(result, job.method)
         job.update.add(result, alone=job.config.run.accumulate == 1)
@@ -227,8 +240,8 @@ def _train(job: Job) -> None:
         print(_plan(job))
     with _progress(run.is_main) as progress:
         task = progress.add_task("train", total=settings.steps, completed=first, info="")
-        for step in range(first, settings.steps):
-            metrics = _step(job, step)
+        for step, micros in zip(range(first, settings.steps), _schedule(job, first), strict=False):
+            metrics = _step(job, step, micros)
             run.log(step + 1, metrics)
             last = step + 1 == settings.steps
             if last or (settings.save_every and (step + 1) % settings.save_every == 0):
@@ -248,7 +261,7 @@ def _rehearse(job: Job) -> None:
     samples = settings.steps * settings.batch * settings.accumulate * job.run.world
     print(_plan(job))
     print(f"would run {settings.steps} steps, {samples / len(job.data):.1f} epochs, into {settings.dir}")
-    metrics = _step(job, 0)
+    metrics = _step(job, 0, next(_schedule(job, 0)))
     print(f"one step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.3g}")
 
 

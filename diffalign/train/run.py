@@ -24,12 +24,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.errors import UserError
+from diffalign.families.base import tensor_digest
 from diffalign.files import remove_folder, replacing, replacing_folder, sweep, write_json, writing
 from diffalign.weights import Weights
 
@@ -126,11 +126,6 @@ class Run:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         return stack
 
-    def generator(self, step: int, micro: int) -> torch.Generator:
-        """All randomness of one micro-step, a function of its position alone (so resume is exact)."""
-        words = np.random.SeedSequence([self.seed, step, self.rank, micro]).generate_state(2, np.uint32)
-        return torch.Generator(self.device).manual_seed(int(words[0]) << 31 ^ int(words[1]))
-
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """Sum over processes."""
         return self.accelerator.reduce(tensor, reduction="sum") if self.world > 1 else tensor  # type: ignore[return-value]
@@ -139,6 +134,20 @@ class Run:
         """Mean over the elements of every process."""
         total, count = self.sum_over_ranks(torch.stack([tensor.sum(), tensor.new_tensor(float(tensor.numel()))]))
         return total / count
+
+    def check_ranks(self, step: int, weights: Weights) -> None:
+        """Every process must hold the same weights, to the bit.
+
+        Raises:
+            UserError: they have drifted apart, which nothing later would mend.
+        """
+        if self.world == 1:
+            return
+        digest = tensor_digest(sorted(weights.state_dict().items()))
+        mine = torch.tensor([int(digest[:15], 16)], device=self.device)
+        found: Any = self.accelerator.gather(mine)
+        if len(found.unique()) > 1:
+            raise UserError(f"step {step}: the weights of the {self.world} processes differ; resume from a checkpoint")
 
     # --- directory ----------------------------------------------------------------------------------------------
 
@@ -192,6 +201,7 @@ class Run:
 
     def save(self, step: int, weights: Weights, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         """Write ``checkpoint-<step>`` whole or not at all, and drop the oldest beyond ``keep``."""
+        self.check_ranks(step, weights)
         if not self.is_main:
             return
         target = self.folder / f"checkpoint-{step:06d}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffalign.methods import needs
+from diffalign.randomness import Generator
 from diffalign.registry import find_objective, find_shaping
 from diffalign.types import Batch, Family, Labels, LogProbs, Method, Term, Weights
 
@@ -56,7 +57,7 @@ def _estimate(
     family: Family,
     weights: Weights,
     batch: Batch,
-    generator: torch.Generator,
+    generator: Generator,
     autocast: Autocast,
     world_mean: WorldMean,
 ) -> LogProbs:
@@ -111,7 +112,7 @@ def loss_step(
     family: Family,
     weights: Weights,
     batch: Batch,
-    generator: torch.Generator,
+    generator: Generator,
     *,
     autocast: Autocast = nullcontext,
     world_mean: WorldMean = torch.mean,

@@ -10,17 +10,17 @@ import pytest
 from diffalign.worlds import WORLDS
 
 LEVELS = (
-    {"errors", "types", "registry"},
+    {"errors", "types", "registry", "randomness"},
     {
         *("schedule", "likelihood", "transitions", "timesteps", "edm", "credit", "token_credit", "objectives"),
         *("anchors", "merging", "games", "diagnostics", "geneval", "charts"),
     },
-    {"files", "families", "weights", "records", "results", "importers", "scoring", "worlds"},
+    {"files", "families", "weights", "records", "results", "importers", "scoring", "worlds", "media"},
     {"estimate", "samplers", "draws"},
     {"methods"},
     {"config", "configfile"},
     {
-        *("generate", "score", "build", "dataset", "textset", "train", "evaluate"),
+        *("generate", "score", "build", "encoding", "dataset", "textset", "train", "evaluate"),
         *("label", "report", "doctor", "quickstart"),
     },
     {"cli", "__main__"},
@@ -29,17 +29,21 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 SIDEWAYS = {
     "registry": {"errors", "types"},
+    "types": {"randomness"},
     "transitions": {"schedule", "likelihood"},
     "edm": {"schedule"},
     "objectives": {"credit"},
     "config": {"configfile"},
     "records": {"files"},
     "weights": {"files"},
+    "media": {"files", "records"},
+    "families": {"media"},
     "scoring": {"records"},
     "importers": {"records", "files"},
     "draws": {"estimate"},
     "textset": {"dataset"},
-    "train": {"dataset", "textset", "generate", "score", "build"},
+    "dataset": {"encoding"},
+    "train": {"encoding", "dataset", "textset", "generate", "score", "build"},
     "evaluate": {"generate", "score"},
     "quickstart": LEVELS[6],
     "__main__": {"cli"},

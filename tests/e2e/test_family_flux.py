@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from diffalign.families import flux
 from diffalign.families.base import load_family
-from diffalign.generate import sample_images
+from diffalign.generate import sample_media
 from diffalign.types import Request, Sampling
 from diffalign.weights import add_lora
 from diffalign.worlds.shapes.pretrain import _tokenizer
@@ -166,7 +166,7 @@ def test_the_network_is_called_as_stock_calls_it(family, stock, kind, size):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_the_stock_pipeline_draws_our_images(family, stock, size, guidance):
-    ours = sample_images(family, REQUESTS, Sampling(steps=4, guidance=guidance, size=size))
+    ours = sample_media(family, REQUESTS, Sampling(steps=4, guidance=guidance, size=size))
     theirs = stock_call(stock, size, 4, guidance)
     assert ours.shape == (3, 3, *size)
     assert ours.std() > 0.01, "the images must differ from a constant, or this test shows nothing"
@@ -212,7 +212,7 @@ def test_the_vae_is_used_as_stock_uses_it(family, stock, size):
     from diffusers import FluxImg2ImgPipeline
 
     pixels = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    mean, logvar = family.encode_image(pixels)
+    mean, logvar = family.encode_media(pixels)
     eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         image_to_image = FluxImg2ImgPipeline(**stock.components)
@@ -227,9 +227,9 @@ def test_the_vae_is_used_as_stock_uses_it(family, stock, size):
 def test_the_embedded_guidance_is_one_attribute(folders):
     family, stock = load_family("flux", str(folders["dev"]), "cpu"), load_stock(folders["dev"])
     assert family.guidance == 3.5
-    before = sample_images(family, REQUESTS, Sampling(steps=2, size=(32, 32)))
+    before = sample_media(family, REQUESTS, Sampling(steps=2, size=(32, 32)))
     family.guidance = 1.0
-    ours = sample_images(family, REQUESTS, Sampling(steps=2, size=(32, 32)))
+    ours = sample_media(family, REQUESTS, Sampling(steps=2, size=(32, 32)))
     assert (ours - stock_call(stock, (32, 32), 2, guidance_scale=1.0)).abs().max() < 1e-3
     assert (ours - before).abs().max() > 1e-4
 
@@ -285,7 +285,7 @@ def test_a_lora_trains_resumes_and_loads_in_the_stock_pipeline(cli, config, fold
     stock.load_lora_weights(whole / "lora")
     after = stock_call(stock, (32, 32))
     adapted = load_family("flux", str(folders[kind]), "cpu", adapter=str(whole / "lora"))
-    sampled = sample_images(adapted, REQUESTS, Sampling(steps=3, size=(32, 32)))
+    sampled = sample_media(adapted, REQUESTS, Sampling(steps=3, size=(32, 32)))
     assert (after - before).abs().max() > 0.01, "the adapter must matter, or this test shows nothing"
     assert (after - sampled).abs().max() < 1e-3
 

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffalign.errors import UserError
 from diffalign.families.base import family_class, load_family
 from diffalign.families.sd import discrete_schedule
-from diffalign.generate import sample_images
+from diffalign.generate import sample_media
 from diffalign.types import Request, Sampling
 from diffalign.weights import add_lora
 from diffalign.worlds.shapes.pretrain import TOKENS, _tokenizer
@@ -152,9 +152,9 @@ def test_the_network_gets_what_the_stock_pipeline_gives_it(folders, model, guida
     pipe.unet.register_forward_hook(note, with_kwargs=True)
     call(pipe, 4, guidance, size)
     assert [int(t) for _, t, *_ in seen] == [999, 749, 499, 249]
-    cond = family.encode_prompt(PROMPTS)
+    cond = family.condition([Request(prompt, 0) for prompt in PROMPTS], size)
     if guidance > 1:
-        empty = family.encode_prompt(["", ""])
+        empty = family.unconditional(cond)
         cond = {name: torch.cat([empty[name], value]) for name, value in cond.items()}
         assert bool((empty["states"] == 0).all()) == (model == "sdxl")
     other = {name: value.flip(0) for name, value in cond.items()}
@@ -173,7 +173,7 @@ def test_the_network_gets_what_the_stock_pipeline_gives_it(folders, model, guida
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
 def test_the_stock_pipeline_draws_our_images(folders, model, steps, guidance, sampler):
     requests = [Request(prompt, seed) for prompt, seed in zip(PROMPTS, (5, 6), strict=True)]
-    ours = sample_images(load(folders, model), requests, Sampling(sampler, steps, guidance))
+    ours = sample_media(load(folders, model), requests, Sampling(sampler, steps, guidance))
     theirs = call(stock_pipe(folders, model), steps, guidance)
     assert theirs.std() > 0.01
     assert (ours - theirs).abs().max() < 1e-5, "tight enough to tell the last levels 1 and abar_0 apart"
@@ -195,7 +195,7 @@ def test_the_empty_prompt_of_sdxl_is_what_its_checkpoint_says(folders, tmp_path,
 def test_images_go_in_and_out_as_through_the_stock_vae(folders, model):
     pipe, family = stock_pipe(folders, model), load(folders, model)
     pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    mean, logvar = family.encode_image(pixels)
+    mean, logvar = family.encode_media(pixels)
     with torch.no_grad():
         posterior = pipe.vae.encode(pixels).latent_dist
         z = posterior.sample(torch.Generator().manual_seed(1)) * pipe.vae.config.scaling_factor
@@ -235,13 +235,13 @@ def test_the_last_level_is_the_configured_one(kind, to_one):
 def test_a_step_count_that_does_not_divide_the_schedule_stays_close(folders):
     """The stock step then ends between two levels that the network is asked at; ours ends at the next one."""
     requests = [Request(prompt, seed) for prompt, seed in zip(PROMPTS, (5, 6), strict=True)]
-    ours = sample_images(load(folders, "sd2"), requests, Sampling("ddim", 30))
+    ours = sample_media(load(folders, "sd2"), requests, Sampling("ddim", 30))
     assert (ours - call(stock_pipe(folders, "sd2"), 30, 1.0)).abs().max() < 0.01
 
 
 def test_samplers_for_flows_are_refused(folders):
     with pytest.raises(UserError, match=r"'dpm2' is for flow models.* use ddim"):
-        sample_images(load(folders, "sd1"), [Request("x", 0)], Sampling("dpm2"))
+        sample_media(load(folders, "sd1"), [Request("x", 0)], Sampling("dpm2"))
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_training_writes_a_lora_that_the_stock_pipeline_loads(cli, config, folde
     trained, plain = load(folders, model, tmp_path / "run/lora"), load(folders, model)
     pipe = stock_pipe(folders, model)
     pipe.load_lora_weights(tmp_path / "run/lora")
-    x_t, t, cond = noise(), torch.tensor([0.9, 0.2]), plain.encode_prompt(PROMPTS)
+    x_t, t, cond = noise(), torch.tensor([0.9, 0.2]), plain.condition([Request(prompt, 0) for prompt in PROMPTS], None)
     with torch.no_grad():
         ours, theirs, before = (plain.predict(net, x_t, t, cond) for net in (trained.net, pipe.unet, plain.net))
     assert (theirs - before).abs().max() > 1e-3, "the adapter must matter, or this test shows nothing"

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from diffalign.families.base import load_family
-from diffalign.generate import sample_images
+from diffalign.generate import sample_media
 from diffalign.types import Request, Sampling
 
 from . import tiny_t5
@@ -51,7 +51,7 @@ def test_images_and_denoiser_calls_are_the_stock_pipeline_s(folder, stock, guida
         theirs = stock(PROMPTS, latents=noise, **options).images
     finally:
         handle.remove()
-    ours = sample_images(family, REQUESTS, Sampling(steps=4, guidance=guidance))
+    ours = sample_media(family, REQUESTS, Sampling(steps=4, guidance=guidance))
     assert (ours - theirs).abs().max() < 1e-4
     cond = family.encode_prompt(PROMPTS)
     assert len(calls) == 4
@@ -66,7 +66,7 @@ def test_t5_matters_and_is_part_of_the_cache_key(folder, tiny_sd3):
     with_t5, without = (load_family("sd3", str(path), "cpu") for path in (folder, tiny_sd3))
     assert with_t5.fingerprint != without.fingerprint
     assert with_t5.encode_prompt(["a"])["states"].shape[1] == without.encode_prompt(["a"])["states"].shape[1] + 256
-    images = [sample_images(family, REQUESTS, Sampling(steps=2)) for family in (with_t5, without)]
+    images = [sample_media(family, REQUESTS, Sampling(steps=2)) for family in (with_t5, without)]
     assert (images[0] - images[1]).abs().max() > 1e-4
 
 

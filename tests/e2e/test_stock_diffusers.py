@@ -6,7 +6,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from diffalign.errors import UserError
 from diffalign.families.base import EMBEDDED, load_family
-from diffalign.generate import candidate_seed, sample_images
+from diffalign.generate import candidate_seed, sample_media
 from diffalign.types import Request, Sampling
 from diffalign.weights import add_lora
 from diffalign.worlds.shapes.judge import judge
@@ -37,7 +37,7 @@ def stock_images(pipe, steps, guidance):
 
 @pytest.mark.parametrize(("steps", "guidance"), [(10, 1.0), (20, 3.0)])
 def test_the_stock_pipeline_draws_our_images(stock, steps, guidance):
-    ours = sample_images(load_family("sd3", "embedded:shapes"), REQUESTS, Sampling(steps=steps, guidance=guidance))
+    ours = sample_media(load_family("sd3", "embedded:shapes"), REQUESTS, Sampling(steps=steps, guidance=guidance))
     theirs = stock_images(stock, steps, guidance)
     assert (ours - theirs).abs().max() < 1e-3
     verdicts = [[v.correct for v in judge(images, METADATA)] for images in (ours, theirs)]
@@ -47,7 +47,7 @@ def test_the_stock_pipeline_draws_our_images(stock, steps, guidance):
 def test_an_image_does_not_depend_on_its_batch():
     family = load_family("sd3", "embedded:shapes")
     sampling = Sampling(steps=4, guidance=2.0)
-    together, alone = sample_images(family, REQUESTS, sampling), sample_images(family, REQUESTS[5:6], sampling)
+    together, alone = sample_media(family, REQUESTS, sampling), sample_media(family, REQUESTS[5:6], sampling)
     assert (together[5:6] - alone).abs().max() < 1e-4
 
 
@@ -59,7 +59,7 @@ def test_the_stock_pipeline_loads_our_lora(stock, tmp_path):
         for name, parameter in family.net.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    trained = sample_images(family, REQUESTS, Sampling(steps=8))
+    trained = sample_media(family, REQUESTS, Sampling(steps=8))
     family.save_lora(tmp_path, family.net)
 
     before = stock_images(stock, 8, 1.0)
@@ -71,7 +71,7 @@ def test_the_stock_pipeline_loads_our_lora(stock, tmp_path):
     assert (after - before).abs().max() > 0.05, "the adapter must matter, or this test shows nothing"
     assert (after - trained).abs().max() < 1e-3
     reloaded = load_family("sd3", "embedded:shapes", adapter=str(tmp_path))
-    assert (sample_images(reloaded, REQUESTS, Sampling(steps=8)) - trained).abs().max() < 1e-5
+    assert (sample_media(reloaded, REQUESTS, Sampling(steps=8)) - trained).abs().max() < 1e-5
 
 
 def test_a_hub_id_keeps_the_parts_its_index_lists(monkeypatch, tiny_sd3):

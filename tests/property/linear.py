@@ -89,7 +89,7 @@ def main(out: Path) -> None:
     run = Run(out.parent, torch.device("cpu"), "fp32", 0, 1)
     result = train(run.rank, run.world, run.sum_over_ranks)
     result["alone"] = train(run.rank, run.world, run.sum_over_ranks, micros=1)
-    result["run"] = [run.rank, run.world, run.is_main, run.generator(0, 0).initial_seed()]
+    result["run"] = [run.rank, run.world, run.is_main]
     result["sum"] = run.sum_over_ranks(torch.tensor([1.0 + run.rank, 10.0])).tolist()
     out.write_text(json.dumps(result), encoding="utf-8")
     run.accelerator.end_training()

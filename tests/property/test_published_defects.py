@@ -59,14 +59,22 @@ class Pixels:
 
     name, fingerprint = "pixels", "0"
 
-    def image_size(self, size):
+    modality, reads_condition = "image", False
+
+    def sample_size(self, size):
         return size or (8, 8)
 
     def encode_prompt(self, prompts):
         return {"states": torch.zeros(len(prompts), 1)}
 
-    def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return pixels, torch.full_like(pixels, -30.0)
+    def latent_shape(self, size):
+        return 3, *size
+
+    def encode_geometry(self, views):
+        return {}
+
+    def encode_media(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        return samples, torch.full_like(samples, -30.0)
 
     def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor | None) -> Tensor:
         return mean
@@ -97,6 +105,8 @@ def stub_job(net: nn.Module, weights: Weights, micro: int, accumulate: int) -> A
     pairs = linear.data(12)
 
     class Data:
+        groups = (0,) * 12
+
         def __len__(self) -> int:
             return 12
 
@@ -104,9 +114,10 @@ def stub_job(net: nn.Module, weights: Weights, micro: int, accumulate: int) -> A
             return pairs.rows(torch.tensor(indices))
 
     run = SimpleNamespace(
-        world=1, rank=0, generator=lambda step, micro: torch.Generator(), autocast=torch.enable_grad,
+        world=1, rank=0, autocast=torch.enable_grad,
         mean_over_ranks=torch.mean, folder=Path(),
     )  # fmt: skip
+    net.device = torch.device("cpu")
     settings = SimpleNamespace(accumulate=accumulate, batch=micro, seed=0)
     update = linear.make_update(net, lambda t: t)
     return SimpleNamespace(
@@ -125,8 +136,8 @@ def test_the_average_moves_once_per_update_whatever_the_accumulation(accumulate,
     job = stub_job(net, weights, 12 // accumulate, accumulate)
     monkeypatch.setattr(offline, "check_start", lambda *_: None)  # this network's reference is another one
     expected = start
-    for step in range(3):
-        offline._step(job, step)
+    for step, micros in zip(range(3), offline._schedule(job, 0), strict=False):
+        offline._step(job, step, micros)
         expected = [0.9 * a + 0.1 * p.detach() for a, p in zip(expected, net.parameters(), strict=True)]
     assert weights.average is not None
     torch.testing.assert_close(weights.average, expected, rtol=1e-12, atol=0)

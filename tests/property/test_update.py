@@ -170,9 +170,8 @@ def _run_ranks(folder: Path, world: int) -> list[dict]:
 def test_two_ranks_train_like_one(tmp_path):
     one = linear.train(0, 1, lambda t: t)
     first, second = _run_ranks(tmp_path, 2)
-    assert first["run"][:3] == [0, 2, True]
-    assert second["run"][:3] == [1, 2, False]
-    assert first["run"][3] != second["run"][3]  # each rank draws its own noise
+    assert first["run"] == [0, 2, True]
+    assert second["run"] == [1, 2, False]
     assert first["sum"] == second["sum"] == [3.0, 20.0]
     assert first["parameters"] == second["parameters"]
     assert first["metrics"] == second["metrics"]
