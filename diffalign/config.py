@@ -20,6 +20,10 @@ class LoraConfig(Strict):
     rank: int = Field(default=16, gt=0, description="rank of the update")
     alpha: int | None = Field(default=None, gt=0, description="scale numerator; default: the rank (scale 1)")
     targets: list[str] | None = Field(default=None, description="module name endings; default: the family's own list")
+    start: str | None = Field(
+        default=None,
+        description="train on from the LoRA in this folder, with its rank and targets; it is the reference",
+    )
 
 
 class ModelConfig(Strict):
@@ -34,7 +38,21 @@ class ModelConfig(Strict):
     others: dict[str, str] = Field(
         default_factory=dict, description="training: role -> folder of a frozen model, or of an adapter of this one"
     )
+    parts: dict[str, str] = Field(
+        default_factory=dict, description="component of the pipeline -> a folder or Hub id to take it from instead"
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 ...")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="of what does not train; a VAE and what trains stay in float32"
+    )
+    quant: Literal["nf4", "int8"] | None = Field(
+        default=None, description="weights of the frozen network under a LoRA in 4 or 8 bits (bitsandbytes)"
+    )
+    attention: str | None = Field(
+        default=None, description="xformers, flash, sage ... as diffusers names them; default: torch's own"
+    )
+    compile: bool = Field(default=False, description="training: torch.compile the repeated blocks")
+    checkpointing: bool = Field(default=False, description="training: less memory, a third more time")
 
 
 class SamplingConfig(Strict):
@@ -121,8 +139,12 @@ class DataConfig(Strict):
         description="a record keeps its aspect ratio: sides in multiples of so many pixels, area of size",
     )
     crop: Literal["centre", "random"] = Field(default="centre", description="random: one place per record")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of visits without a prompt, as in pre-training")
     flip: bool = Field(default=False, description="take a record mirrored half the time, all candidates alike")
     cache: str | None = Field(default=None, description="latent and prompt cache; default: beside the records")
+    bank: int | None = Field(
+        default=None, gt=0, description="repeat a record's draws after so many passes, and keep the reference's errors"
+    )
     max_tokens: int | None = Field(default=None, gt=1, description="text: longest sequence; default: the model's own")
 
 
@@ -161,10 +183,16 @@ class RunConfig(Strict):
     accumulate: int = Field(default=1, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
+    shard: bool = Field(default=False, description="several processes: spread full weights over them (FSDP2)")
     save_every: int = Field(default=0, ge=0, description="steps between checkpoints; 0 = only at the end")
     keep: int = Field(default=2, gt=0, description="checkpoints to keep")
     ema: float | None = Field(
         default=None, gt=0, lt=1, description="decay of a moving average; it is what gets exported"
+    )
+    rollback: int = Field(
+        default=0,
+        ge=0,
+        description="after a loss that is not finite, go back to the last good checkpoint so often",
     )
     resume: str | None = Field(default=None, description="`latest` or a checkpoint folder")
 
@@ -177,6 +205,17 @@ class TrainConfig(Strict):
     method: MethodConfig
     optim: OptimConfig = OptimConfig()
     run: RunConfig
+
+
+class ExportConfig(Strict):
+    """`diffalign export`: what `train` wrote -> the files that other programs read."""
+
+    model: ModelConfig
+    weights: str = Field(description="a run directory, or the folder of final weights in it")
+    format: Literal["diffusers", "peft", "lora", "kohya"] = Field(
+        description="a whole diffusers or transformers folder, a PEFT adapter, a diffusers LoRA, or kohya / ComfyUI"
+    )
+    out: str = Field(description="new folder")
 
 
 class EvalConfig(Strict):
@@ -259,6 +298,7 @@ VERBS: dict[str, tuple[type[Strict] | None, str, str]] = {
     "score": (ScoreConfig, "diffalign.score:run", "candidates -> candidates with labels"),
     "build": (BuildConfig, "diffalign.build:run", "scored candidates -> pairs or rankings"),
     "train": (TrainConfig, "diffalign.train.offline:run", "records -> aligned weights"),
+    "export": (ExportConfig, "diffalign.export:run", "aligned weights -> diffusers, PEFT, LoRA or kohya files"),
     "eval": (EvalConfig, "diffalign.evaluate:run", "GenEval-style table, paired with a baseline"),
     "report": (ReportConfig, "diffalign.report:run", "run folders -> one HTML page"),
     "list": (None, "diffalign.doctor:list_command", "methods, objectives, shapings, families, scorers"),

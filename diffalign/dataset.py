@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign import media
 from diffalign import records as store
-from diffalign.encoding import Cut, Encoder, open_shard, size_of
+from diffalign.encoding import Cut, Encoder, open_shard, samples_of, size_of
 from diffalign.errors import UserError
+from diffalign.media import Size
 from diffalign.methods import needs
 from diffalign.randomness import Generator, device_of, rand, randn
 from diffalign.records import Record
-from diffalign.types import Batch, Condition, Method
+from diffalign.types import Batch, Condition, Method, joined
 
 SHARD = 512  # records per cache file, fewer of large samples
 SHARD_NUMBERS = 2**27
@@ -65,6 +68,52 @@ def check_records(records: Sequence[Record], method: Method, where: str) -> None
         raise UserError(f"{where}: all ties: no record prefers one candidate to another, there is nothing to learn")
 
 
+def check_segments(
+    records: Sequence[Record], root: Path, family: Encoder, size: Size | None, labels: Sequence[str]
+) -> None:
+    """Refuse labels per segment that :func:`frame_labels` cannot map, before anything is encoded.
+
+    Args:
+        root: folder of the clips.
+        size: frames, height and width that are trained on.
+        labels: those that are read; a label of one number per clip always fits.
+
+    Raises:
+        UserError: names the record; its segments do not divide the clip, or its clip goes on after the frames that
+            are trained on, so that the segments are not theirs.
+    """
+    frames, units = family.sample_size(size)[0], family.latent_shape(size)[-3]
+    for record in records:
+        held = {label: np.shape(record.candidates[0].labels[label]) for label in labels}
+        lists = {label: shape[0] for label, shape in held.items() if shape}
+        for label, count in lists.items():
+            if count != units and (units - 1) % count:
+                raise UserError(
+                    f"record {record.id!r}: {label!r} has {count} segments, which do not divide the {units - 1} latent "
+                    f"frames after the first of {frames} frames; give 1 to {units - 1} that do, or {units}, one each"
+                )
+        for name in samples_of(record, root) if lists else ():
+            if (length := media.frame_count(root, name)) != frames:
+                raise UserError(
+                    f"record {record.id!r}: {name} has {length} frames and labels per segment, {frames} are trained "
+                    "on (data.size); cut the clip, and label what is left"
+                )
+
+
+def frame_labels(values: Tensor, units: int) -> Tensor:
+    """Labels per segment of a clip (B, K, S) as labels per latent frame (B, K, U).
+
+    A causal video VAE makes the first latent frame of one frame and every later one of as many as it compresses (Wan:
+    4). The S segments share the later latent frames equally, and the first segment has the first one, too: of 81
+    frames, U = 21, five segments are 17, 16, 16, 16 and 16 frames, a second each at 16 frames per second. No latent
+    frame lies in two segments. With S = U the labels are those of latent frames already.
+    """
+    if values.shape[2] == units:
+        return values
+    first, later = values[:, :, :1], values.repeat_interleave((units - 1) // values.shape[2], 2)
+    return torch.cat([first, later], 2)
+
+
 class Dataset:
     """Encoded records with random access by position.
 
@@ -73,6 +122,7 @@ class Dataset:
         root: folder of the media.
         cache: folder of the cache, see :mod:`diffalign.encoding`.
         cut: sizes, crops and flips.
+        dropout: share of visits in which the prompt is the empty one.
         progress: called with the number of records encoded so far.
     """
 
@@ -83,21 +133,27 @@ class Dataset:
         family: Encoder,
         cache: Path,
         cut: Cut = Cut(),  # noqa: B008 - immutable
+        dropout: float = 0.0,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.records = records
+        self.dropout = dropout
         self.family = family
         self.k = max(len(r.candidates) for r in records)
         sizes = [size_of(record, root, family, cut) for record in records]
         known = sorted(set(sizes))
         self.groups = [known.index(size) for size in sizes]
+        self.digest = ""  # of all that is encoded
         self._places: dict[int, _Place] = {}
         for group, size in enumerate(known):
             members = [index for index, own in enumerate(self.groups) if own == group]
-            length = max(1, min(SHARD, SHARD_NUMBERS // (self.k * np.prod(family.latent_shape(size), dtype=int))))
+            numbers = np.prod(family.latent_shape(size), dtype=int)
+            numbers += 3 * np.prod(size, dtype=int) * family.reads_condition  # at most
+            length = max(1, min(SHARD, SHARD_NUMBERS // (self.k * numbers)))
             for start in range(0, len(members), length):
                 shard = members[start : start + length]
-                file = open_shard([records[i] for i in shard], root, family, size, cut, cache)
+                digest, file = open_shard([records[i] for i in shard], root, family, size, cut, cache)
+                self.digest = hashlib.sha256(f"{self.digest}{digest}".encode()).hexdigest()
                 first = 0
                 for row, index in enumerate(shard):
                     self._places[index] = _Place(file, row, first, len(records[index].candidates))
@@ -110,8 +166,8 @@ class Dataset:
     def batch(self, indices: Sequence[int], generator: Generator, labels: Sequence[str]) -> Batch:
         """(B, K, ...) for the given records, all of one group.
 
-        The generator, or that of each record, chooses between mirrored samples where there are any, and draws from the
-        posterior of the VAE.
+        The generator, or that of each record, chooses between mirrored samples where there are any, drops prompts, and
+        draws from the posterior of the VAE.
         """
         device = device_of(generator)
         places = [self._places[i] for i in indices]
@@ -123,12 +179,20 @@ class Dataset:
         names = places[0].names("each.")
         each = [torch.stack([place.rows(name, self.k) for place in places]).to(device) for name in names]
         mean, logvar, *own = (value[range(len(indices)), :, chosen] for value in (mean, logvar, *each))
-        cond = _padded([place.prompt() for place in places])
+        dropped = [False] * len(indices)
+        if self.dropout:
+            dropped = (rand((len(indices), 1), generator)[:, 0] < self.dropout).tolist()
+        prompts = [place.prompt(empty) for place, empty in zip(places, dropped, strict=True)]
+        cond = {name: value[:, None] for name, value in joined(prompts).items()}
         cond |= {name.removeprefix("each."): value for name, value in zip(names, own, strict=True)}
         rows = [self.records[i].candidates for i in indices]
         present = torch.tensor([[j < len(row) for j in range(self.k)] for row in rows], dtype=torch.float32)
+        noise = randn(mean.shape, generator)[torch.arange(len(rows))[:, None], _first_of_sample(rows, self.k)]
+        latents = self.family.latents(mean, logvar, noise)
         values = {name: label_values(rows, name, self.k) for name in labels}
-        latents = self.family.latents(mean, logvar, randn(mean.shape, generator))
+        if self.family.modality == "video":
+            units = latents.shape[-3]
+            values = {name: frame_labels(value, units) if value.ndim > 2 else value for name, value in values.items()}
         return Batch(latents, cond, values, present=present).to(device)
 
 
@@ -150,22 +214,10 @@ class _Place(NamedTuple):
         found = self.file.get_slice(name)[self.first : self.first + self.count]
         return torch.cat([found, found[:1].expand(k - self.count, *found.shape[1:])]) if self.count < k else found
 
-    def prompt(self) -> Condition:
-        """(1, ...) of every tensor."""
-        row = int(self.file.get_slice("row")[self.row])
+    def prompt(self, empty: bool) -> Condition:
+        """(1, ...) of every tensor, of the record's prompt or of the empty one."""
+        row = 0 if empty else int(self.file.get_slice("row")[self.row])
         return {n.removeprefix("prompt."): self.file.get_slice(n)[row : row + 1] for n in self.names("prompt.")}
-
-
-def _padded(conditions: Sequence[Condition]) -> Condition:
-    """(B, 1, ...): prompts of different lengths are filled up with zeros, which their masks do not count."""
-    out = {}
-    for name in conditions[0]:
-        values = [condition[name] for condition in conditions]
-        longest = [max(sides) for sides in zip(*(value.shape for value in values), strict=True)]
-        out[name] = values[0].new_zeros(len(values), *longest)
-        for row, value in zip(out[name], values, strict=True):
-            row[tuple(slice(side) for side in value.shape)] = value
-    return out
 
 
 def label_values(rows: Sequence[Sequence[store.Candidate]], name: str, k: int) -> Tensor:
@@ -175,6 +227,15 @@ def label_values(rows: Sequence[Sequence[store.Candidate]], name: str, k: int) -
         for i, candidate in enumerate(row):
             out[b, i] = torch.tensor(candidate.labels[name])
     return out
+
+
+def _first_of_sample(rows: Sequence[Sequence[store.Candidate]], k: int) -> Tensor:
+    """(B, k) index of the first candidate with the same sample: one picture under two conditions is one latent."""
+    first = torch.arange(k).repeat(len(rows), 1)
+    for b, row in enumerate(rows):
+        names = [candidate.sample for candidate in row]
+        first[b, : len(row)] = torch.tensor([names.index(name) for name in names])
+    return first
 
 
 class Visit(NamedTuple):

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from diffalign import __version__, records, scoring
+from diffalign import __version__, predict, records, scoring
 from diffalign.config import ModelConfig, TrainConfig
 from diffalign.configfile import load
 from diffalign.errors import UserError, nearest
@@ -156,6 +156,8 @@ def _training(config_path: str) -> Iterator[Check]:
     yield Check("config", f"{config_path}: {method.name}, {config.run.steps} steps into {config.run.dir}")
     yield _model(config.model)
     yield _data(config.data.records, method)
+    for name, text in predict.lines(config, method):
+        yield Check(name, text)
 
 
 def _model(config: ModelConfig) -> Check:

@@ -23,8 +23,8 @@ from torch import Tensor
 from diffalign import media
 from diffalign import records as store
 from diffalign.errors import UserError
-from diffalign.families.base import tensor_digest
 from diffalign.files import replacing
+from diffalign.foreign import tensor_digest
 from diffalign.media import Modality, Size
 from diffalign.records import Record
 from diffalign.types import Condition
@@ -36,6 +36,7 @@ class Encoder(Protocol):
     """What encoding needs of a diffusion family."""
 
     reads_condition: bool
+    aligned_condition: bool
 
     @property
     def name(self) -> str: ...
@@ -103,7 +104,7 @@ def size_of(record: Record, root: Path, family: Encoder, cut: Cut) -> Size:
 
 def shard_digest(shard: Sequence[Record], root: Path, family: Encoder, size: Size, cut: Cut) -> str:
     """A name for the encodings of these records that changes whenever they could."""
-    h = hashlib.sha256(f"3|{family.name}|{family.fingerprint}|{size}|{cut.crop}|{cut.flip}".encode())
+    h = hashlib.sha256(f"4|{family.name}|{family.fingerprint}|{size}|{cut.crop}|{cut.flip}".encode())
     for record in shard:
         h.update(f"|{record.id}|{record.prompt}".encode())
         for name in (*samples_of(record, root), *conditions_of(record)):
@@ -114,8 +115,8 @@ def shard_digest(shard: Sequence[Record], root: Path, family: Encoder, size: Siz
 def encode_shard(shard: Sequence[Record], root: Path, family: Encoder, size: Size, cut: Cut) -> dict[str, Tensor]:
     """All candidates in order: ``mean`` and ``logvar`` (N, V, ...), V = 2 if mirrored ones are wanted.
 
-    ``prompt.*`` holds a row per distinct prompt and ``row`` (records,) says which; ``each.*`` (N, V, ...) what a
-    condition image or the geometry of a picture gives.
+    ``prompt.*`` holds a row per distinct prompt, the empty one first, and ``row`` (records,) says which; ``each.*``
+    (N, V, ...) what a condition image or the geometry of a picture gives.
     """
     pairs = [(record, name) for record in shard for name in samples_of(record, root)]
     flips = (False, True) if cut.flip else (False,)
@@ -125,7 +126,7 @@ def encode_shard(shard: Sequence[Record], root: Path, family: Encoder, size: Siz
         parts = [family.encode_media(batch) for batch in _batches(part.flip(-1) if flip else part for part in read)]
         encoded[flip] = [torch.cat(found).cpu() for found in zip(*parts, strict=True)]
     mean, logvar = (torch.stack([encoded[flip][i] for flip in flips], 1) for i in range(2))
-    prompts = list(dict.fromkeys(str(record.prompt) for record in shard))
+    prompts = list(dict.fromkeys(("", *(str(record.prompt) for record in shard))))
     rows = torch.tensor([prompts.index(str(record.prompt)) for record in shard])
     texts = {f"prompt.{name}": value for name, value in family.encode_prompt(prompts).items()}
     each = [_each(shard, root, family, size, cut, flip) for flip in flips]
@@ -147,10 +148,22 @@ def _each(shard: Sequence[Record], root: Path, family: Encoder, size: Size, cut:
         for record in shard:
             if len(conditions_of(record)) < len(record.candidates):
                 raise UserError(f"record {record.id!r}: {family.name} needs a condition image, see `condition`")
-        images = [store.read_image(root, name, keep_alpha=True) for record in shard for name in conditions_of(record)]
+        images = [
+            _condition_image(record, root, name, family, size, cut)
+            for record in shard
+            for name in conditions_of(record)
+        ]
         images = [ImageOps.mirror(image) for image in images] if flip else images
         found = {**found, **family.encode_condition(images, size)}
     return found
+
+
+def _condition_image(record: Record, root: Path, name: str, family: Encoder, size: Size, cut: Cut) -> Image.Image:
+    """A condition image as it is, or cut as the sample is that it lies on."""
+    image = store.read_image(root, name, keep_alpha=True)
+    if not family.aligned_condition:
+        return image
+    return media.cut(image, media.view((image.height, image.width), (size[-2], size[-1]), cut.place(record)))
 
 
 def _batches(samples: Iterator[Tensor], most: int = 2**26) -> Iterator[Tensor]:
@@ -192,7 +205,9 @@ def open_checked(path: Path) -> Any:
         return None
 
 
-def open_shard(shard: Sequence[Record], root: Path, family: Encoder, size: Size, cut: Cut, cache: Path) -> Any:
-    """The encodings of records of one size, from the cache or made now."""
-    path = cache / f"{shard_digest(shard, root, family, size, cut)}.safetensors"
-    return cached(path, partial(encode_shard, shard, root, family, size, cut))
+def open_shard(
+    shard: Sequence[Record], root: Path, family: Encoder, size: Size, cut: Cut, cache: Path
+) -> tuple[str, Any]:
+    """The encodings of records of one size, from the cache or made now, and the digest that names them."""
+    digest = shard_digest(shard, root, family, size, cut)
+    return digest, cached(cache / f"{digest}.safetensors", partial(encode_shard, shard, root, family, size, cut))

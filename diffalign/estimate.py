@@ -53,13 +53,16 @@ def denoising(
         summed: sum the squared errors of a unit instead of averaging them, for betas published in that unit (DDO).
 
     Returns:
-        LogProbs (B, K, U) in float32 or better, the gap to every role, and the times as ``extra["t"]``. Where the draw
+        LogProbs (B, K, U) in float32 or better, the gap to every role that was run (errors that the batch knows cost no
+        forward), and the times as ``extra["t"]``. Where the draw
         repeats times, (B, K, T), these are the units.
     """
-    predictions = _predictions(family, weights, batch, draw, roles, autocast)
+    predictions = _predictions(family, weights, batch, draw, [r for r in roles if r not in batch.known], autocast)
     if summed:
         scale *= draw.target.shape[draw.t.ndim :].numel() / (draw.target.shape[-3] if frames else 1)
-    return _errors(predictions, batch, draw, scale, (-3,) if frames else ())
+    lp = _errors(predictions, batch, draw, scale, (-3,) if frames else ())
+    known = {role: -scale * batch.known[role].to(lp.mask) for role in roles if role in batch.known}
+    return replace(lp, by_role={**lp.by_role, **known})
 
 
 def branches(

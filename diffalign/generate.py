@@ -18,8 +18,10 @@ from diffalign import config as cfg
 from diffalign import media
 from diffalign import records as store
 from diffalign.errors import UserError
-from diffalign.families.base import DiffusersFamily, family_class, load_family, tensor_digest
+from diffalign.families.base import LatentFamily, family_class, load_family
 from diffalign.files import claim, replacing
+from diffalign.foreign import tensor_digest
+from diffalign.networks import Loading, switch_attention
 from diffalign.records import Candidate, Record, plain
 from diffalign.samplers import find_sampler, guided
 from diffalign.types import Decoding, Request, Sampling
@@ -97,7 +99,7 @@ def candidate_seed(seed: int, record: str, k: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def sample_media(family: DiffusersFamily, requests: Sequence[Request], sampling: Sampling) -> Tensor:
+def sample_media(family: LatentFamily, requests: Sequence[Request], sampling: Sampling) -> Tensor:
     """Decoded samples, one per request, as :mod:`diffalign.media` writes them.
 
     The noise of each comes from its own seed, whatever the batch.
@@ -107,8 +109,10 @@ def sample_media(family: DiffusersFamily, requests: Sequence[Request], sampling:
     shape = family.latent_shape(sampling.size)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(r.seed)) for r in requests])
     cond = family.condition(requests, sampling.size)
-    predict = guided(family, family.net, cond, family.unconditional(cond), sampling.guidance)
-    return family.decode(sampler(predict, noise.to(family.device), schedule.grid(sampling.steps).to(family.device)))
+    predict = guided(family, family.net, cond, family.unconditional(cond), sampling.guidance, family.guidance_interval)
+    with family.autocast():
+        latents = sampler(predict, noise.to(family.device), schedule.grid(sampling.steps).to(family.device))
+    return family.decode(latents)
 
 
 def generate(
@@ -160,7 +164,7 @@ Wanted = tuple[Record, int, int]
 """Record, number of the candidate, seed."""
 
 
-def _media(family: DiffusersFamily, chunk: Sequence[Wanted], out: Path, sampling: Sampling) -> list[Candidate]:
+def _media(family: LatentFamily, chunk: Sequence[Wanted], out: Path, sampling: Sampling) -> list[Candidate]:
     """Sample one batch and write the files that are not there yet."""
     names = [f"media/{record.id}-{k}{media.SUFFIX[family.modality]}" for record, k, _ in chunk]
     missing = {name for name in names if not (out / name).is_file()}
@@ -201,20 +205,31 @@ def _progress() -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
+def open_model(model: cfg.ModelConfig) -> Any:
+    """A model as its config says it is held and run, with its adapter."""
+    loading = Loading(model.dtype, model.quant, model.parts)
+    family = load_family(model.family, model.path, model.device, model.adapter, loading)
+    if model.attention is not None:
+        for net in family.networks:
+            switch_attention(net, model.attention)
+    return family
+
+
 def load_model(model: cfg.ModelConfig) -> Any:
-    """The model to sample from, with its adapter."""
+    """The model to sample from."""
     if model.lora is not None:
         raise UserError(
             "model.lora: is for `diffalign train`; to sample from a trained LoRA give its folder as model.adapter"
         )
-    return load_family(model.family, model.path, model.device, model.adapter)
+    return open_model(model)
 
 
 def model_identity(model: cfg.ModelConfig) -> dict[str, Any]:
     """What decides the samples of a model: its config, and the content of an adapter that training may replace."""
     weights = Path(model.adapter or "", family_class(model.family).lora_file)
     digest = _content_digest(weights) if model.adapter and weights.is_file() else None
-    return {**model.model_dump(mode="json"), "adapter_sha256": digest}
+    settings = model.model_dump(mode="json", exclude={"compile", "checkpointing"})
+    return {**settings, "adapter_sha256": digest}
 
 
 def _content_digest(path: Path) -> str:

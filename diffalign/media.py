@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffalign import mesh
 from diffalign.errors import UserError
 from diffalign.files import replacing
 from diffalign.records import MAX_PIXELS, media_path, read_image, save_image
@@ -98,6 +100,16 @@ def picture_size(modality: Modality, root: Path, name: str) -> tuple[int, int]:
     return image.height, image.width
 
 
+def frame_count(root: Path, name: str) -> int:
+    """The number of frames of a clip: what its file says, or counted where it does not.
+
+    Raises:
+        UserError: no such file, or an unreadable one.
+    """
+    with _video(root, name) as (container, stream):
+        return stream.frames or sum(1 for _ in container.decode(stream))
+
+
 def read(modality: Modality, root: Path, name: str, size: Size, place: tuple[float, float]) -> Tensor:
     """A media file as a family encodes it: (3, H, W) or (3, F, H, W) in [-1, 1], or voxels (1, R, R, R).
 
@@ -108,6 +120,8 @@ def read(modality: Modality, root: Path, name: str, size: Size, place: tuple[flo
     Raises:
         UserError: no such file, an unreadable one, or a clip that is too short.
     """
+    if modality == "mesh":
+        return torch.from_numpy(mesh.read_occupancy(media_path(root, name))).float()[None]
     target = (size[-2], size[-1])
     if modality == "image":
         image = read_image(root, name)
@@ -124,8 +138,12 @@ def write(modality: Modality, path: Path, sample: Tensor) -> None:
     """One decoded sample: (3, H, W) or (3, F, H, W) in [0, 1], or voxels (1, R, R, R), with its mesh beside it."""
     if modality == "image":
         save_image(path, to_pixels(sample))
-    else:
+    elif modality == "video":
         _save_clip(path, to_pixels(sample.transpose(0, 1)))
+    else:
+        occupancy = sample[0].bool().cpu().numpy()
+        mesh.write_mesh(path.with_suffix(".ply"), *mesh.triangulate(occupancy))
+        mesh.write_occupancy(path, occupancy)
 
 
 def _av() -> Any:
@@ -138,6 +156,14 @@ def _av() -> Any:
 
 def _frames(root: Path, name: str) -> Iterator[Image.Image]:
     """The frames of a clip as RGB pictures."""
+    with _video(root, name) as (container, stream):
+        for frame in container.decode(stream):
+            yield frame.to_image()
+
+
+@contextmanager
+def _video(root: Path, name: str) -> Iterator[tuple[Any, Any]]:
+    """The open container of a clip and its first video stream."""
     av = _av()
     path = media_path(root, name)
     if not path.is_file():
@@ -149,8 +175,7 @@ def _frames(root: Path, name: str) -> Iterator[Image.Image]:
             stream = container.streams.video[0]
             if stream.width * stream.height > MAX_PIXELS:
                 raise UserError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down")
-            for frame in container.decode(stream):
-                yield frame.to_image()
+            yield container, stream
     except (av.FFmpegError, ValueError) as error:
         raise UserError(f"{path}: truncated or not a clip: {error}") from None
 
@@ -158,7 +183,10 @@ def _frames(root: Path, name: str) -> Iterator[Image.Image]:
 def _save_clip(path: Path, frames: np.ndarray) -> None:
     """Write uint8 (F, H, W, 3) as H.264, all at once, nearly without loss."""
     av = _av()
-    with replacing(path, durable=False) as handle, av.open(handle, mode="w", format="mp4") as container:
+    with (
+        replacing(path, durable=False) as handle,
+        av.open(handle, mode="w", format="mp4", options={"fflags": "+bitexact"}) as container,
+    ):  # without the date
         stream = container.add_stream("libx264", rate=FPS, options={"crf": "10", "preset": "fast"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

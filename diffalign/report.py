@@ -67,6 +67,7 @@ class Step(_Input):
     chosen: float | None = Field(None, alias="drift/chosen")
     rejected: float | None = Field(None, alias="drift/rejected")
     grad_norm: float | None = None
+    alarms: dict[str, str] = Field(default_factory=dict)
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -312,10 +313,12 @@ def _collect(root: Path) -> dict[str, Any]:
         raise UserError(f"{root}: no such folder")
     sources = _read_sources(root)
     job = root / "job.json"
+    steps = _read_metrics(root / "train" / "metrics.jsonl")
     parts = {
         "sources": sources,
         "evaluations": _evaluations(_evaluation_order(root, sources.get("config.yaml", ""))),
-        "charts": curves(_read_metrics(root / "train" / "metrics.jsonl")),
+        "charts": curves(steps),
+        "alarms": [(step.step, name, text) for step in steps for name, text in step.alarms.items()],
         "pool": _pool(root / "pool"),
         "job": _parse(Job, job.read_bytes(), str(job)) if job.is_file() else None,
     }

@@ -14,10 +14,12 @@ from diffalign import transitions
 from diffalign.errors import UserError, nearest
 from diffalign.schedule import Discrete
 from diffalign.transitions import Step
-from diffalign.types import Condition, DiffusionFamily, Path, Schedule
+from diffalign.types import Condition, DiffusionFamily, Path, Schedule, joined
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x_t (N, ...), t scalar) -> prediction (N, ...)."""
+ROUNDING = 1e-6
+"""Of float32 times: the end of an interval may be a time of the grid."""
 
 
 def mix(without: Tensor, with_prompt: Tensor, guidance: float) -> Tensor:
@@ -25,20 +27,34 @@ def mix(without: Tensor, with_prompt: Tensor, guidance: float) -> Tensor:
     return without + guidance * (with_prompt - without)
 
 
-def guided(family: DiffusionFamily, net: nn.Module, cond: Condition, empty: Condition, guidance: float) -> Predict:
+def guided(
+    family: DiffusionFamily,
+    net: nn.Module,
+    cond: Condition,
+    empty: Condition,
+    guidance: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Predict:
     """The network's prediction with classifier-free guidance, both branches in one forward.
 
     Args:
         cond, empty: conditions of the prompts and of the empty prompt, each leading with N.
         guidance: 1 runs the conditional branch alone.
+        interval: times at which guidance acts, both ends included (arXiv:2404.07724); elsewhere it is 1.
     """
+
+    def alone(x: Tensor, t: Tensor) -> Tensor:
+        return family.predict(net, x, t.expand(len(x)), cond)
+
     if guidance == 1.0:
-        return lambda x, t: family.predict(net, x, t.expand(len(x)), cond)
-    both = {name: torch.cat([empty[name], value]) for name, value in cond.items()}
+        return alone
+    both = joined([empty, cond])
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
+        if not interval[0] - ROUNDING <= float(t) <= interval[1] + ROUNDING:
+            return alone(x, t)
         without, with_prompt = family.predict(net, torch.cat([x, x]), t.expand(2 * len(x)), both).chunk(2)
-        return mix(without, with_prompt, guidance)
+        return family.rescale(mix(without, with_prompt, guidance), with_prompt)
 
     return predict
 

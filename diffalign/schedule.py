@@ -32,9 +32,16 @@ def expand(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(*t.shape, *[1] * (like.ndim - t.ndim))
 
 
-def _unit_times(shape: tuple[int, ...], generator: Generator, density: Density, mean: float, std: float) -> Tensor:
+def _unit_times(
+    shape: tuple[int, ...], generator: Generator, density: Density, mean: float, std: float, least: float = 0.0
+) -> Tensor:
+    """Draws from a density over [0, 1], or from its part over [least, 1]."""
     if density == "uniform":
-        return rand(shape, generator)
+        return least + (1 - least) * rand(shape, generator)
+    if density == "logit_normal" and least > 0:
+        below = torch.special.ndtr((torch.tensor(least).double().logit() - mean) / std)
+        quantile = below + (1 - below) * rand(shape, generator)
+        return (mean + std * torch.special.ndtri(quantile)).sigmoid().float()
     if density == "logit_normal":
         return (mean + std * randn(shape, generator)).sigmoid()
     raise ValueError(f"unknown timestep density {density!r}: choose uniform or logit_normal")
@@ -48,11 +55,15 @@ class Rectified:
         shift: static shift of the sampling grid, ``sigma = s u / (1 + (s - 1) u)``; also applied to sampled times.
         scale: what the network's timestep is at sigma = 1.
         even: the grid is shifted from the even 1, (T - 1) / T ... 1 / T, as FLUX samples, not from SD3's.
+        terminal: the time of a grid before 0; its times are stretched away from 1 to end there. None leaves them.
+        least: training times are drawn from there to 1, for a network that another one follows in sampling.
     """
 
     shift: float = 1.0
     scale: float = 1000.0
     even: bool = False
+    terminal: float | None = None
+    least: float = 0.0
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t from data and noise; ``t`` has the leading dimensions of ``x0``."""
@@ -89,7 +100,8 @@ class Rectified:
         std: float = 1.0,
     ) -> Tensor:
         """Training times: a density over u pushed through the shift."""
-        return self.shifted(_unit_times(shape, generator, density, mean, std))
+        least = self.least / (self.shift - (self.shift - 1) * self.least)  # u of that time
+        return self.shifted(_unit_times(shape, generator, density, mean, std, least)).clamp_min(self.least)
 
     def grid(self, steps: int) -> Tensor:
         """``steps + 1`` decreasing times from 1 to 0, spaced as the stock Euler scheduler does.
@@ -99,6 +111,8 @@ class Rectified:
         """
         last = 1 / steps if self.even else float(self.shifted(torch.tensor(1.0 / self.scale)))
         times = self.shifted(torch.linspace(1.0, last, steps)).clamp_max(1.0)  # rounding may end above 1
+        if self.terminal is not None and steps > 1:  # the only time of one step is 1
+            times = 1 - (1 - times) * (1 - self.terminal) / (1 - times[-1])
         return torch.cat([times, torch.zeros(1)])
 
 

@@ -47,6 +47,8 @@ class Batch:
     path: Path | None = None
     present: Tensor | None = None
     """(B, K) 0 for the candidates that only pad a shorter list; None for none. An empty completion is present."""
+    known: Mapping[Role, Tensor] = field(default_factory=dict)
+    """(B, K, U) errors of frozen roles on the draw to come, where they were computed before."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -58,6 +60,7 @@ class Batch:
             None if self.mask is None else self.mask.to(device),
             path,
             None if self.present is None else self.present.to(device),
+            {role: errors.to(device) for role, errors in self.known.items()},
         )
 
     def rows(self, index: slice) -> Batch:
@@ -70,6 +73,7 @@ class Batch:
             mask=None if self.mask is None else self.mask[index],
             path=self.path and Path(self.path.t[index], self.path.x[index], self.path.prediction[index]),
             present=None if self.present is None else self.present[index],
+            known={role: errors[index] for role, errors in self.known.items()},
         )
 
 
@@ -85,6 +89,21 @@ class Draw:
     """Like ``x_t``, in the family's parametrisation."""
     t_prev: Tensor | None = None
     x_prev: Tensor | None = None
+
+
+def joined(conditions: Sequence[Condition]) -> Condition:
+    """Conditions one after the other along the first dimension; what is shorter in another one ends in zeros.
+
+    So a family whose prompts differ in length has a mask among its tensors: the zeros do not count there either.
+    """
+    out = {}
+    for name in conditions[0]:
+        values = [condition[name] for condition in conditions]
+        longest = [max(sides) for sides in zip(*(value.shape[1:] for value in values), strict=True)]
+        out[name] = values[0].new_zeros(sum(map(len, values)), *longest)
+        for rows, value in zip(out[name].split([len(value) for value in values]), values, strict=True):
+            rows[tuple(map(slice, value.shape))] = value
+    return out
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
@@ -261,6 +280,7 @@ class DiffusionFamily(Family, Protocol):
     schedule: Schedule
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
+    def rescale(self, guided: Tensor, with_prompt: Tensor) -> Tensor: ...
 
 
 class TextFamily(Family, Protocol):

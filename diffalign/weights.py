@@ -4,7 +4,7 @@
 role        with a LoRA                                 full weights
 ========== ========================================== ==========================================
 policy      adapter on                                  the network
-reference   adapter off: no second copy                 a frozen copy, made on first use
+reference   adapter off, or a second adapter            a frozen copy, made on first use
 average     EMA of the adapter, swapped in              EMA of the network, swapped in
 any other   a frozen network given by the caller        the same (a guide, the previous iterate ...)
 ========== ========================================== ==========================================
@@ -13,12 +13,15 @@ any other   a frozen network given by the caller        the same (a guide, the p
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from diffalign import sharding
 from diffalign.errors import UserError
 from diffalign.types import Role
 
@@ -40,6 +43,69 @@ def add_lora(net: nn.Module, rank: int, alpha: int | None, targets: Sequence[str
         net.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets)))  # type: ignore[operator]
     except ValueError as error:
         raise UserError(f"model.lora.targets: {error}") from None
+    for parameter in net.parameters():
+        if parameter.requires_grad:  # whatever the frozen weights are held in
+            parameter.data = parameter.data.float()
+
+
+def continue_lora(net: nn.Module) -> None:
+    """Train on from the adapter that is on ``net``, with a frozen second one of the same weights as the reference."""
+    net.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # that is what is wanted
+        net.add_adapter(net.peft_config["default"], adapter_name="reference")  # type: ignore[operator, index]
+    for _, layer in _adapted(net):
+        for parts in (layer.lora_A, layer.lora_B):
+            parts.float()  # whatever the frozen weights are held in
+            parts["reference"].load_state_dict(parts["default"].state_dict())
+    _activate(net, "default")
+
+
+def _activate(net: nn.Module, adapter: str) -> None:
+    """Let an adapter act, and only its parameters require gradients."""
+    for _, layer in _adapted(net):
+        layer.set_adapter(adapter)
+
+
+class LoraLayer(NamedTuple):
+    """What a LoRA adds to one module: ``scale * up @ down``."""
+
+    down: Tensor
+    """(r, in), of a convolution (r, in, h, w)."""
+    up: Tensor
+    """(out, r), of a convolution (out, r, 1, 1)."""
+    scale: float
+
+
+def lora_layers(net: nn.Module) -> dict[str, LoraLayer]:
+    """The LoRA of a network by the name of the module it is on."""
+    return {
+        name: LoraLayer(layer.lora_A[key].weight.detach(), layer.lora_B[key].weight.detach(), layer.scaling[key])
+        for name, layer in _adapted(net)
+        for key in layer.lora_A
+    }
+
+
+def _adapted(net: nn.Module) -> list[tuple[str, Any]]:
+    """The modules that have an adapter, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, module) for name, module in net.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def remove_lora(net: nn.Module) -> None:
+    """Leave the network as it was before it got a LoRA."""
+    for name, layer in _adapted(net):
+        net.set_submodule(name, layer.get_base_layer())
+    del net.peft_config
+    net._hf_peft_config_loaded = False  # type: ignore[assignment]  # diffusers and transformers look here
+
+
+def merge_lora(net: nn.Module) -> None:
+    """Add the LoRA to the weights it is on and remove it."""
+    for _, layer in _adapted(net):
+        layer.merge(safe_merge=True)
+    remove_lora(net)
 
 
 class Weights:
@@ -88,6 +154,14 @@ class Weights:
             # still requires_grad: torch picks the matmul kernel by it, and a frozen copy would round differently
             self._reference = copy.deepcopy(self.net)
 
+    def shard(self, blocks: tuple[str, ...]) -> None:
+        """Spread the network and its frozen copy over all processes; before an optimiser sees the parameters."""
+        for net in (self.net, self._reference):
+            if net is not None:
+                sharding.shard(net, blocks)
+        if self.average is not None:
+            self.average = [p.detach().clone() for p in self.trainable()]
+
     @contextmanager
     def use(self, role: Role) -> Iterator[nn.Module]:
         """The network as it plays ``role``. Only the policy may be used with gradient."""
@@ -95,6 +169,12 @@ class Weights:
             yield self.net
         elif role in self.others:
             yield self.others[role]
+        elif role == "reference" and "reference" in getattr(self.net, "peft_config", ()):
+            _activate(self.net, "reference")
+            try:
+                yield self.net
+            finally:
+                _activate(self.net, "default")
         elif role == "reference" and self.lora:
             self.net.disable_adapters()  # type: ignore[operator]
             try:
@@ -127,7 +207,8 @@ class Weights:
     def update_average(self) -> None:
         """One EMA step, to be called once per optimiser step: ``average <- d average + (1 - d) policy``."""
         if self.average is not None and self.ema is not None:
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.trainable()], 1 - self.ema)
+            for average, parameter in zip(self.average, self.trainable(), strict=True):
+                average.lerp_(parameter.detach(), 1 - self.ema)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Trainable parameters by name, and their averages under ``average.<name>``."""
@@ -147,4 +228,4 @@ class Weights:
         if mine.keys() != state.keys() or any(mine[n].shape != state[n].shape for n in mine):
             raise UserError("the checkpoint was written by a run with other trainable parameters (model, LoRA or EMA)")
         for name, value in mine.items():
-            value.copy_(state[name])
+            value.copy_(sharding.like(state[name], value))

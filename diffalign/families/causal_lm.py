@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
-from diffalign.families.base import foreign_files, quiet, tensor_digest
+from diffalign.foreign import foreign_files, quiet, reading_lora, tensor_digest
+from diffalign.networks import Loading
 from diffalign.types import Decoding, Request
 
 Turn = Mapping[str, str]
@@ -34,6 +35,7 @@ class Family:
     net_name: ClassVar[str] = "model"
     lora_file: ClassVar[str] = "adapter_model.safetensors"
     index_file: ClassVar[str] = "config.json"
+    blocks: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = (
         "q_proj",
         "k_proj",
@@ -51,17 +53,24 @@ class Family:
         self.device = device
         if tokenizer.eos_token_id is None:
             raise UserError(f"model.path: the tokenizer of {source} has no end token")
+        self.networks = (self.net,)
         self.pad: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @classmethod
-    def load(cls, path: str, device: torch.device) -> Family:
-        """Load from a transformers folder or Hub id, safetensors only, no code from the files; float32."""
+    def load(cls, path: str, device: torch.device, loading: Loading = Loading()) -> Family:  # noqa: B008
+        """Load from a transformers folder or Hub id, safetensors only, no code from the files."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        if loading.parts:
+            raise UserError("model.parts: a language model has none")
         if path.startswith((".", "/")) and not Path(path, "config.json").is_file():
             raise UserError(f"model.path: {path} holds no config.json; give a transformers folder or a Hub id")
         with foreign_files(f"model.path: cannot load {path} as a causal language model"), quiet():
-            net: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+            quant = loading.quantisation("transformers")
+            options = {} if quant is None else {"quantization_config": quant, "device_map": {"": device}}
+            net: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=loading.torch_dtype, use_safetensors=True, **options
+            )
             tokenizer = AutoTokenizer.from_pretrained(path)
         if any(p.is_meta for p in net.parameters()):
             raise UserError(f"model.path: {path} lacks weights; get the folder again")
@@ -213,27 +222,27 @@ class Family:
 
     def save_lora(self, folder: Path, net: nn.Module) -> None:
         """Write a PEFT adapter folder, which stock ``PeftModel.from_pretrained(base, folder)`` reads."""
-        net.save_pretrained(folder)  # type: ignore[operator]
+        with quiet():
+            net.save_pretrained(folder)  # type: ignore[operator]
 
     def save_net(self, folder: Path, net: nn.Module) -> None:
         """Write model and tokenizer as transformers reads them."""
         state = {name: value for name, value in net.state_dict().items() if not name.startswith("value_head.")}
-        net.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+        with quiet():
+            net.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
 
     def load_lora(self, folder: Path) -> None:
         """Put a PEFT adapter on the network."""
         from safetensors import safe_open
 
-        if not (folder / self.lora_file).is_file():
-            raise UserError(f"model.adapter: {folder} holds no {self.lora_file}")
-        with foreign_files(f"model.adapter: {folder} does not fit this {self.name}"), quiet():
+        with reading_lora(folder, self.lora_file, self.name, self.net) as wanted, quiet():
             with safe_open(folder / self.lora_file, framework="pt") as file:
-                wanted = len(list(file.keys()))
-            self.net.load_adapter(str(folder))  # type: ignore[operator]
-        loaded = sum("lora_" in name for name, _ in self.net.named_parameters())
-        if loaded < wanted:
-            raise UserError(f"model.adapter: {folder}: only {loaded} of {wanted} tensors fit this {self.name}")
+                wanted += file.keys()
+            net: Any = self.net
+            renamings = net._weight_conversions  # saving undoes them, and an adapter's would spoil the model's names
+            net.load_adapter(str(folder))
+            net._weight_conversions = renamings
 
 
 def _turns(content: str | Sequence[Turn], role: str) -> list[Turn]:

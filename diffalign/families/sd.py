@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
-from diffalign.families.base import DiffusersFamily, foreign_files
+from diffalign.families._pipeline import DiffusersFamily
+from diffalign.foreign import foreign_files
 from diffalign.schedule import Discrete
 from diffalign.types import Condition
 
@@ -44,7 +45,7 @@ class Family(DiffusersFamily):
 
     def __init__(self, pipe: Any, source: str, device: torch.device) -> None:
         super().__init__(pipe, source, device)
-        config: Any = self.net.config
+        config: Any = pipe.unet.config
         if config.addition_embed_type != self.added:
             raise UserError(
                 f"model.path: {source} is no {self.name}: the addition_embed_type of its unet is "

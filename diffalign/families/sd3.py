@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.families.base import DiffusersFamily
+from diffalign.families._pipeline import DiffusersFamily
 from diffalign.schedule import Rectified
 from diffalign.types import Condition
 
@@ -18,6 +18,7 @@ class Family(DiffusersFamily):
     name = "sd3"
     pipeline = "StableDiffusion3Pipeline"
     without = ("text_encoder_3", "tokenizer_3")
+    blocks = ("JointTransformerBlock",)
     lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),

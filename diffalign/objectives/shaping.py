@@ -57,6 +57,25 @@ def f_divergence(lp: LogProbs, labels: Labels, *, divergence: Divergence, alpha:
     return replace(lp, by_role=by_role, mask=torch.ones_like(score), gap={}, extra={})
 
 
+@shaping(paper="arXiv:2402.13228, the condition of its eq. 3", roles=("reference",), labels=("reward",))
+def winner_guard(lp: LogProbs, labels: Labels, *, tolerance: float = 0.0) -> LogProbs:
+    """Where the best candidate has become worse than under the reference, the others are not pushed any further.
+
+    DPO-Positive adds a penalty in that case; here the log-probs of the other candidates lose their gradient, which
+    works with every objective: what is left of it raises the winner. No value changes.
+
+    Args:
+        tolerance: how far the winner's log-prob per unit may fall, in parts of the reference's.
+    """
+    reward = labels["reward"].to(lp.mask)
+    best = reward == reward.masked_fill(lp.exists == 0, -torch.inf).amax(1, keepdim=True)
+    policy, reference = lp.mean().detach(), lp.mean("reference")
+    fallen = ((policy < reference - tolerance * reference.abs()) & best & (lp.exists > 0)).any(1, keepdim=True)
+    free = (best | ~fallen)[..., None]
+    own = lp.by_role["policy"]
+    return replace(lp, by_role={**lp.by_role, "policy": torch.where(free, own, own.detach())})
+
+
 def weighted(lp: LogProbs, weight: Tensor) -> LogProbs:
     """Every role's log-probs times a weight (B, K, U) per unit."""
     by_role = {role: lp.counted(weight * value) for role, value in lp.by_role.items()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffalign import config as cfg
 from diffalign import records as store
+from diffalign.bank import Bank, identity
+from diffalign.bank import check_method as check_bank
 from diffalign.configfile import dump
-from diffalign.dataset import DERIVED, Dataset, Visit, check_records, visits
+from diffalign.dataset import DERIVED, Dataset, Visit, check_records, check_segments, visits
 from diffalign.encoding import Cut
-from diffalign.errors import UserError, nearest
-from diffalign.families.base import family_class, load_family
+from diffalign.errors import UserError
+from diffalign.families.base import family_class
+from diffalign.generate import open_model
 from diffalign.methods import modality, needs, reads_paths, resolve
+from diffalign.networks import checkpoint, compile_blocks, find_optimizer
 from diffalign.randomness import keyed
 from diffalign.records import Record
 from diffalign.registry import find_objective
+from diffalign.sharding import gathered
 from diffalign.textset import TextDataset
+from diffalign.train import health
 from diffalign.train.run import Run, checkpoints, find_checkpoint
 from diffalign.train.step import StepResult, loss_step
 from diffalign.train.update import Update
 from diffalign.types import Batch, Method
-from diffalign.weights import ROLES, Weights, add_lora
+from diffalign.weights import ROLES, Weights, add_lora, continue_lora
+
+REMEMBERED = 1e-5
+"""How far an error computed in another batch may be off, relatively."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +52,7 @@ class Job:
     data: Dataset | TextDataset
     run: Run
     update: Update
+    bank: Bank | None = None
 
 
 def run(config: cfg.TrainConfig, dry_run: bool = False) -> Path:
@@ -67,29 +77,80 @@ def _prepare(config: cfg.TrainConfig) -> Job:
     records = list(store.read(source))
     check_records(records, method, str(source))
     check_family(method, config.model.family)
+    if config.data.bank is not None:
+        check_bank(method)
     if reads_paths(method):
         raise UserError(f"{method.name} learns from sampling trajectories; records hold none, it needs an online loop")
 
-    family = load_family(config.model.family, config.model.path, config.model.device)
-    if family.modality != "text":
-        family.schedule = family.schedule_for(config.data.size)
-    torch.manual_seed(settings.seed)
-    lora = config.model.lora
-    if lora is not None:
-        add_lora(family.net, lora.rank, lora.alpha, lora.targets or family.lora_targets)
+    check_together(config)
+    family = _family(config)
     if "values" in needed.reads:
         family.add_value_head()
-    weights = Weights(family.net, lora=lora is not None, ema=settings.ema, others=_others(config.model))
+    run = Run(Path(settings.dir), family.device, settings.precision, settings.seed, settings.keep)
+    weights = Weights(family.net, lora=config.model.lora is not None, ema=settings.ema, others=_others(config.model))
     weights.prepare(needed.roles)
+    if settings.shard:
+        weights.shard(family.blocks)
+    if config.model.compile:  # last: a frozen copy cannot be made of compiled blocks
+        for net in family.networks:
+            compile_blocks(net, family.blocks)
     optimizer = make_optimizer(weights.trainable(), config.optim)
     scheduler = make_scheduler(optimizer, settings.steps, config.optim.warmup, config.optim.decay)
-    run = Run(Path(settings.dir), family.device, settings.precision, settings.seed, settings.keep)
     update = Update(weights.trainable(), optimizer, scheduler, run.sum_over_ranks, config.optim.clip)
 
-    data = _encode(config.data, records, family, run.is_main)
     known = (*records[0].candidates[0].labels, *(DERIVED if family.modality == "text" else ()))
     labels = (*needed.labels, *(label for label in needed.optional if label in known))
-    return Job(config, method, labels, family, weights, data, run, update)
+    if family.modality == "video":
+        check_segments(records, source.parent, family, config.data.size, labels)
+    data = _encode(config.data, records, family, run.is_main)
+    if isinstance(data, Dataset):
+        family.release()
+    return Job(config, method, labels, family, weights, data, run, update, _bank(config, method, family, data))
+
+
+def check_together(config: cfg.TrainConfig) -> None:
+    """Refuse settings that exclude each other, before anything is loaded."""
+    model, run = config.model, config.run
+    if model.lora is None and (model.dtype, model.quant) != ("fp32", None):
+        raise UserError("model.dtype, model.quant: weights that train stay in float32; set model.lora, or remove these")
+    if model.dtype not in ("fp32", run.precision):
+        raise UserError(f"model.dtype: {model.dtype} trains with run.precision={model.dtype} alone")
+    if run.shard and model.lora is not None:
+        raise UserError("run.shard: is for full weights; a LoRA trains without it")
+    if run.shard and config.data.bank is not None:
+        raise UserError("run.shard: data.bank is named by whole weights; remove one of the two")
+
+
+def _family(config: cfg.TrainConfig) -> Any:
+    """The model, with the schedule of the size it trains on and the parameters that train."""
+    family = open_model(config.model)
+    if family.modality != "text":
+        family.schedule = family.schedule_for(config.data.size)
+    torch.manual_seed(config.run.seed)
+    lora = config.model.lora
+    if lora is not None and lora.start is not None:
+        family.load_lora(Path(lora.start))
+        continue_lora(family.net)
+    elif lora is not None:
+        add_lora(family.net, lora.rank, lora.alpha, lora.targets or family.lora_targets)
+    if config.model.checkpointing:
+        for net in family.networks:
+            checkpoint(net)
+    return family
+
+
+def _bank(config: cfg.TrainConfig, method: Method, family: Any, data: Dataset | TextDataset) -> Bank | None:
+    """The reference's known errors, if the config asks for them."""
+    if config.data.bank is None or not isinstance(data, Dataset):
+        return None
+    settings = config.run
+    kind = (family.name, family.schedule, settings.precision, config.model.dtype, config.model.quant)
+    digest = identity(method, family.networks, *kind, data.digest, data.k, config.data.bank, settings.seed)
+    return Bank(_cache(config.data) / f"bank-{digest}.safetensors", len(data), config.data.bank)
+
+
+def _cache(data: cfg.DataConfig) -> Path:
+    return Path(data.cache) if data.cache else Path(data.records).parent / "cache"
 
 
 def _others(model: cfg.ModelConfig) -> dict[str, torch.nn.Module]:
@@ -100,7 +161,7 @@ def _others(model: cfg.ModelConfig) -> dict[str, torch.nn.Module]:
             raise UserError(f"model.others: {role} is made from the trained network; give other roles")
         adapter = (Path(folder) / family_class(model.family).lora_file).is_file()
         path, lora = (model.path, folder) if adapter else (folder, None)
-        nets[role] = load_family(model.family, path, model.device, lora).net
+        nets[role] = open_model(model.model_copy(update={"path": path, "adapter": lora})).net
     return nets
 
 
@@ -122,22 +183,15 @@ def _encode(data: cfg.DataConfig, records: list[Record], family: Any, visible: b
 
         if family.modality == "text":
             return TextDataset(records, family, data.max_tokens, advance)
-        cache = Path(data.cache) if data.cache else source.parent / "cache"
         cut = Cut(data.size, data.buckets, data.crop, data.flip)
-        return Dataset(records, source.parent, family, cache, cut, advance)
+        return Dataset(records, source.parent, family, _cache(data), cut, data.dropout, advance)
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], optim: cfg.OptimConfig) -> torch.optim.Optimizer:
-    """A torch optimiser by name, any case."""
-    base, unfit = torch.optim.Optimizer, ("LBFGS", "SparseAdam")  # these need a closure, or sparse gradients
-    classes = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, base) and c is not base]
-    known: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        c.__name__.lower(): c for c in classes if c.__name__ not in unfit
-    }
-    if optim.name.lower() not in known:
-        raise UserError(f"optim.name: unknown optimiser {optim.name!r}{nearest(optim.name.lower(), known)}")
+    """An optimiser by name, any case."""
+    kind: Any = find_optimizer(optim.name)
     try:
-        return known[optim.name.lower()](parameters, lr=optim.lr, **optim.params)
+        return kind(parameters, lr=optim.lr, **optim.params)
     except (TypeError, ValueError) as error:
         raise UserError(f"optim.params do not fit {optim.name}: {error}") from None
 
@@ -156,8 +210,11 @@ def make_scheduler(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def check_start(result: StepResult, method: Method) -> None:
+def check_start(result: StepResult, method: Method, slack: float = 0.0) -> None:
     """At step 0 policy and reference are one network: log-probs must agree to the bit, and the loss is known.
+
+    Args:
+        slack: relative difference allowed to log-probs that were computed before, in another batch.
 
     Raises:
         UserError: a role runs through another numeric path, which would drown the signal for the whole run.
@@ -165,32 +222,14 @@ def check_start(result: StepResult, method: Method) -> None:
     lp = result.log_probs
     for role, values in ((role, lp.by_role[role]) for role in ("reference", "average") if role in lp.by_role):
         worst = (values - lp.by_role["policy"].detach()).abs().max().item()
-        if worst > 0.0:
+        if worst > slack * values.abs().max().item():
             raise UserError(f"step 0: role {role!r} differs from the policy by {worst:.2e} in log-prob, expected 0")
     objective = find_objective(method.main.objective)
     if objective.identity is not None and not method.main.shaping and result.terms[0].weight > 0:
         value = float(result.terms[0].total.detach() / result.terms[0].weight)
-        if abs(value - objective.identity) > 1e-5:
+        if abs(value - objective.identity) > (1e-2 if slack else 1e-5):
             known = f"{objective.name} is {objective.identity:.6f} at policy = reference"
             raise UserError(f"step 0: loss {value:.6f}, but {known}")
-
-
-def check_health(step: int, metrics: dict[str, float], run: Run) -> None:
-    """Stop at a non-finite loss, or when the first two steps move nothing; ``step`` counts from 1.
-
-    Raises:
-        UserError: with the last good checkpoint, which is never removed here.
-    """
-    if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
-        # the weights that failed just now are those of the last step; a checkpoint of it is no way back
-        good = [path for saved, path in checkpoints(run.folder).items() if saved < step - 1]
-        way = f"resume from the last good checkpoint: --resume {good[-1]}" if good else "start again in a new run.dir"
-        values = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
-        raise UserError(f"step {step}: {values}; lower optim.lr and {way}")
-    if step <= 2 and metrics["grad_live"] == 0.0:
-        raise UserError(
-            f"step {step}: no trainable parameter received a gradient; check model.lora.targets and the rewards"
-        )
 
 
 def _schedule(job: Job, first: int) -> Iterator[list[list[Visit]]]:
@@ -207,8 +246,15 @@ def _schedule(job: Job, first: int) -> Iterator[list[list[Visit]]]:
 
 def _batch(job: Job, chosen: Sequence[Visit]) -> tuple[Batch, list[torch.Generator]]:
     """A micro-batch, and all randomness of each of its records: a visit has the same on whatever rank it comes."""
-    generators = [keyed(job.family.device, job.config.run.seed, *visit) for visit in chosen]
-    return job.data.batch([visit.record for visit in chosen], generators, job.labels), generators
+    draws = job.config.data.bank
+    keys = [visit if draws is None else Visit(visit.record, visit.epoch % draws) for visit in chosen]
+    seed = job.config.run.seed, job.run.rollbacks  # after a rollback, other noise than that which failed
+    generators = [keyed(job.family.device, *seed, *key) for key in keys]
+    batch = job.data.batch([visit.record for visit in chosen], generators, job.labels)
+    known = None if job.bank is None else job.bank.known(chosen)
+    if known is not None:
+        batch = replace(batch, known={"reference": known.to(job.family.device)})
+    return batch, generators
 
 
 def _step(job: Job, step: int, micros: Sequence[Sequence[Visit]]) -> dict[str, float]:
@@ -217,13 +263,18 @@ def _step(job: Job, step: int, micros: Sequence[Sequence[Visit]]) -> dict[str, f
     for chosen in micros:
         batch, generators = _batch(job, chosen)
         precision, mean = job.run.autocast, job.run.mean_over_ranks
-        result = loss_step(job.method, job.family, job.weights, batch, generators, autocast=precision, world_mean=mean)
-        if step == 0:
-            check_start(result, job.method)
-        job.update.add(result, alone=job.config.run.accumulate == 1)
+        with job.run.kernels(_positions(batch)):
+            result = loss_step(
+                job.method, job.family, job.weights, batch, generators, autocast=precision, world_mean=mean
+            )
+            if step == 0:
+                check_start(result, job.method, REMEMBERED if batch.known else 0.0)
+            if job.bank is not None and not batch.known:
+                job.bank.put(chosen, -result.log_probs.by_role["reference"] / result.log_probs.scale)
+            job.update.add(result, alone=job.config.run.accumulate == 1)
         rows.append(result.metrics)
     metrics = {**_mean(rows), **job.update.collect()}
-    check_health(step + 1, metrics, job.run)
+    health.check(step + 1, metrics)
     job.update.apply()
     job.weights.update_average()
     return metrics
@@ -238,21 +289,65 @@ def _train(job: Job) -> None:
     run.forget_after(first)
     if run.is_main:
         print(_plan(job))
-    with _progress(run.is_main) as progress:
-        task = progress.add_task("train", total=settings.steps, completed=first, info="")
-        for step, micros in zip(range(first, settings.steps), _schedule(job, first), strict=False):
-            metrics = _step(job, step, micros)
-            run.log(step + 1, metrics)
-            last = step + 1 == settings.steps
-            if last or (settings.save_every and (step + 1) % settings.save_every == 0):
-                run.save(step + 1, job.weights, update.optimizer, update.scheduler)
-            info = f"loss {metrics['loss']:.4f}  accuracy {metrics.get('reward/accuracy', math.nan):.2f}"
-            progress.update(task, completed=step + 1, info=info)
+    while True:
+        try:
+            _steps(job, first)
+            break
+        except health.Diverged as failure:
+            first = _roll_back(job, failure)
     with job.weights.use("average" if settings.ema else "policy") as net:
         if job.weights.lora:
             run.finish("lora", lambda folder: job.family.save_lora(folder, net))
         else:
-            run.finish(job.family.net_name, lambda folder: job.family.save_net(folder, net))
+            plain = gathered(net) if settings.shard else net
+            run.finish(job.family.net_name, lambda folder: job.family.save_net(folder, plain))
+
+
+def _positions(batch: Batch) -> int:
+    """Tokens of a text, places of a latent."""
+    return batch.x0.shape[3:].numel() if batch.x0.ndim > 3 else batch.x0.shape[-1]
+
+
+def _steps(job: Job, first: int) -> None:
+    """Train from step ``first`` to the end."""
+    settings, run, update = job.config.run, job.run, job.update
+    watcher = health.Health(run.past_metrics())
+    with _progress(run.is_main) as progress:
+        task = progress.add_task("train", total=settings.steps, completed=first, info="")
+        for step, micros in zip(range(first, settings.steps), _schedule(job, first), strict=False):
+            metrics = _step(job, step, micros)
+            alarms = watcher.watch(metrics)
+            run.log(step + 1, metrics, alarms)
+            for name, text in alarms.items() if run.is_main else ():
+                progress.console.print(f"step {step + 1}: {name}: {text}", style="yellow")
+            last = step + 1 == settings.steps
+            if last or (settings.save_every and (step + 1) % settings.save_every == 0):
+                run.save(step + 1, job.weights, update.optimizer, update.scheduler)
+                if job.bank is not None:
+                    job.bank.save(run.sum_over_ranks, write=run.is_main)
+            info = f"loss {metrics['loss']:.4f}  accuracy {metrics.get('reward/accuracy', math.nan):.2f}"
+            progress.update(task, completed=step + 1, info=info)
+
+
+def _roll_back(job: Job, failure: health.Diverged) -> int:
+    """The step of the last good checkpoint, loaded again, with half the learning rate from there on.
+
+    Raises:
+        UserError: no such checkpoint, or ``run.rollback`` is used up; it names the way back.
+    """
+    run = job.run
+    # the weights that failed just now are those of the last step; a checkpoint of it is no way back
+    good = [path for saved, path in checkpoints(run.folder).items() if saved < failure.step - 1]
+    if not good or run.rollbacks >= job.config.run.rollback:
+        way = f"resume from the last good checkpoint: --resume {good[-1]}" if good else "start again in a new run.dir"
+        raise UserError(f"{failure} and {way}") from None
+    times = run.rollbacks + 1
+    first = run.restore(good[-1], job.weights, job.update.optimizer, job.update.scheduler)
+    run.soften(times, job.update.optimizer, job.update.scheduler)
+    run.forget_after(first)
+    if run.is_main:
+        print(f"{failure}: back to step {first} with half the learning rate ({times} of {job.config.run.rollback})")
+    return first
 
 
 def _rehearse(job: Job) -> None:

@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.errors import UserError
-from diffalign.families.base import tensor_digest
 from diffalign.files import remove_folder, replacing, replacing_folder, sweep, write_json, writing
+from diffalign.foreign import tensor_digest
+from diffalign.sharding import is_sharded, spread_optimizer, whole, whole_optimizer
 from diffalign.weights import Weights
 
+SHORT = 128  # positions; at 64 plain products win, at 256 the fused kernel does
 LIBRARIES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft")
 
 
@@ -94,6 +96,8 @@ class Run:
         self.precision = precision
         self.seed = seed
         self.keep = keep
+        self.rollbacks = 0
+        """How often this run went back to a checkpoint; each time halves the learning rate."""
         self.started = time.perf_counter()
         self._writer: Any = None
 
@@ -116,15 +120,20 @@ class Run:
 
     def autocast(self) -> AbstractContextManager:
         """The precision context that every role of a step runs in."""
-        stack = ExitStack()
-        if self.precision == "bf16":
-            stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
-        if self.device.type == "cpu":
-            from torch.nn.attention import SDPBackend, sdpa_kernel
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-            # for the short sequences a CPU can train on, the fused kernel's backward is slower than plain products
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        return stack
+    def kernels(self, positions: int) -> AbstractContextManager:
+        """Which attention kernels a step uses, its backward pass included: checkpointed blocks run again there.
+
+        Args:
+            positions: tokens, or places of a latent.
+        """
+        if self.device.type != "cpu" or positions > SHORT:
+            return nullcontext()
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        # the fused kernel's backward is slower than plain products where sequences are short
+        return sdpa_kernel(SDPBackend.MATH)
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """Sum over processes."""
@@ -143,7 +152,8 @@ class Run:
         """
         if self.world == 1:
             return
-        digest = tensor_digest(sorted(weights.state_dict().items()))
+        held = ((name, value) for name, value in sorted(weights.state_dict().items()) if not is_sharded(value))
+        digest = tensor_digest(held)
         mine = torch.tensor([int(digest[:15], 16)], device=self.device)
         found: Any = self.accelerator.gather(mine)
         if len(found.unique()) > 1:
@@ -167,12 +177,12 @@ class Run:
         self.accelerator.wait_for_everyone()
         return checkpoint
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line to metrics.jsonl and to TensorBoard."""
+    def log(self, step: int, metrics: Mapping[str, float], alarms: Mapping[str, str]) -> None:
+        """Append a line to metrics.jsonl and to TensorBoard; ``alarms`` are name -> text."""
         if not self.is_main:
             return
         cost = {"seconds": round(time.perf_counter() - self.started, 3), "memory": round(peak_memory(self.device), 3)}
-        line = {"step": step, **cost, **metrics}
+        line = {"step": step, **cost, **metrics, **({"alarms": dict(alarms)} if alarms else {})}
         path = self.folder / "metrics.jsonl"
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -183,6 +193,11 @@ class Run:
                 self._writer = SummaryWriter(str(self.folder / "tensorboard"))
             for name, value in {**metrics, "memory": cost["memory"]}.items():
                 self._writer.add_scalar(name, value, step)
+
+    def past_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
     def forget_after(self, step: int) -> None:
         """Drop metrics and checkpoints of later steps, which this run will take again."""
@@ -202,16 +217,19 @@ class Run:
     def save(self, step: int, weights: Weights, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         """Write ``checkpoint-<step>`` whole or not at all, and drop the oldest beyond ``keep``."""
         self.check_ranks(step, weights)
+        tensors = {name: whole(value).contiguous() for name, value in weights.state_dict().items()}
+        learnt = whole_optimizer(optimizer)
         if not self.is_main:
             return
         target = self.folder / f"checkpoint-{step:06d}"
         with replacing_folder(target) as aside:
-            save_file({n: v.contiguous() for n, v in weights.state_dict().items()}, aside / "weights.safetensors")
+            save_file(tensors, aside / "weights.safetensors")
             state = {
                 "step": step,
                 "run.seed": self.seed,
+                "rollbacks": self.rollbacks,
                 "optim.name": type(optimizer).__name__,
-                "optimizer": optimizer.state_dict(),
+                "optimizer": learnt,
                 "scheduler": scheduler.state_dict(),
                 "rng": torch.get_rng_state(),
             }
@@ -237,11 +255,20 @@ class Run:
             weights.load_state_dict(tensors)
             _restore_optimizer(optimizer, scheduler, state)
             torch.set_rng_state(state["rng"])
+            self.soften(int(state.get("rollbacks", 0)), optimizer, scheduler)
         except UserError as error:
             raise UserError(f"{checkpoint}: {error}") from None
         except Exception as error:
             raise UserError(f"{checkpoint}: its state does not fit this run: {error}; resume from another") from None
         return state["step"]
+
+    def soften(self, rollbacks: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        """Set how often the run has gone back, and the learning rate accordingly."""
+        scheduler.base_lrs = [rate * 0.5 ** (rollbacks - self.rollbacks) for rate in scheduler.base_lrs]
+        self.rollbacks = rollbacks
+        schedules = zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, base, factor in schedules:
+            group["lr"] = base * factor(scheduler.last_epoch)
 
     def finish(self, name: str, export: Callable[[Path], None]) -> None:
         """Write the final weights into the sub-folder ``name``, whole or not at all, and close the logs."""
@@ -275,7 +302,7 @@ def _load_state(path: Path) -> dict[str, Any]:
 def _restore_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, state: dict[str, Any]) -> None:
     """Moments and position from the checkpoint; the settings of this run's config stay."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(spread_optimizer(state["optimizer"], optimizer))
     position = {key: state["scheduler"][key] for key in scheduler.state_dict() if key != "base_lrs"}
     scheduler.load_state_dict(position)
     schedules = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)

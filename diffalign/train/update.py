@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from diffalign.sharding import is_sharded, whole
 from diffalign.train.step import StepResult, TermLoss
 
 
@@ -81,19 +82,23 @@ class Update:
             factor = self._factors[index] / float(weight.clamp_min(torch.finfo(weight.dtype).tiny))
             loss += factor * float(total)
             for out, grad in zip(combined, held, strict=True):
-                out.add_(self.reduce(torch.zeros_like(out) if grad is None else grad), alpha=factor)
+                out.add_(self._summed(torch.zeros_like(out) if grad is None else grad), alpha=factor)
         for parameter, grad in zip(self.parameters, combined, strict=True):
             parameter.grad = grad
-        live = sum(bool(g.any()) for g in combined) / len(combined)
+        live = sum(bool(whole(g.any())) for g in combined) / len(combined)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip if self.clip is not None else float("inf"))
         self._grads.clear()
         self._sums.clear()
         return {
             "loss": loss,
-            "grad_norm": float(norm),
+            "grad_norm": float(whole(norm)),
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_live": live,
         }
+
+    def _summed(self, grad: Tensor) -> Tensor:
+        """A gradient over all ranks; that of a sharded parameter is so already."""
+        return grad if is_sharded(grad) else self.reduce(grad)
 
     def apply(self) -> None:
         """Step the optimiser and the schedule."""

@@ -18,6 +18,7 @@ def test_verbs_are_pinned():
         "score",
         "build",
         "train",
+        "export",
         "eval",
         "report",
         "list",

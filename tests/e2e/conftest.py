@@ -12,50 +12,21 @@ from typing import Any
 import pytest
 import yaml
 
+from . import tiny_parts
+
 PAIRS = 16
-TOKENS = 16  # longest prompt of the tiny text encoders
 TASK = "colors"
-
-
-def _text_encoder(tokenizer: Any) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=8,
-            intermediate_size=16,
-            projection_dim=8,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=TOKENS,
-            **ids,
-        )
-    )
 
 
 def _pipeline() -> Any:
     """Stock classes with random weights: 32x32 images, 4x8x8 latents, some ten thousand parameters, no T5."""
     import diffusers
+    from transformers import CLIPTextModelWithProjection
 
     from diffalign.worlds.shapes.pretrain import _tokenizer
 
     tokenizer = _tokenizer()
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(4, 4, 4),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=32,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.5,
-        shift_factor=0.05,
-    )
+    vae = tiny_parts.vae(use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5, shift_factor=0.05)
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -73,9 +44,9 @@ def _pipeline() -> Any:
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=vae,
-        text_encoder=_text_encoder(tokenizer),
+        text_encoder=tiny_parts.clip(CLIPTextModelWithProjection, tokenizer),
         tokenizer=tokenizer,
-        text_encoder_2=_text_encoder(tokenizer),
+        text_encoder_2=tiny_parts.clip(CLIPTextModelWithProjection, tokenizer),
         tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,

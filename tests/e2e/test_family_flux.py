@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
+from transformers import CLIPTextModel
 
 from diffalign.families import flux
 from diffalign.families.base import load_family
@@ -18,7 +19,8 @@ from diffalign.types import Request, Sampling
 from diffalign.weights import add_lora
 from diffalign.worlds.shapes.pretrain import _tokenizer
 
-from . import tiny_t5
+from . import tiny_parts, tiny_t5
+from .stock import Recorder, assert_resumes_exactly, losses
 
 KINDS = ("dev", "schnell")
 TOKENS = {"dev": 512, "schnell": 256}
@@ -32,32 +34,11 @@ REQUESTS = [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
 FACTOR = 4  # pixels per latent of the tiny VAE
 
 
-def _clip(tokenizer: Any) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **sizes, **ids))
-
-
 def _pipeline(kind: str) -> FluxPipeline:
     """Stock classes with random weights: 4 latent channels in tokens of 16, one double and two single blocks."""
     clip_tokenizer = _tokenizer()
     t5, t5_tokenizer = tiny_t5.make()
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(4, 4, 4),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=32,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-    )
+    vae = tiny_parts.vae(use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159)
     transformer = FluxTransformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -70,7 +51,8 @@ def _pipeline(kind: str) -> FluxPipeline:
         axes_dims_rope=(4, 2, 2),
     )
     scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULERS[kind])
-    return FluxPipeline(scheduler, vae, _clip(clip_tokenizer), clip_tokenizer, t5, t5_tokenizer, transformer)
+    clip = tiny_parts.clip(CLIPTextModel, clip_tokenizer, num_hidden_layers=1)
+    return FluxPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, transformer)
 
 
 @pytest.fixture(scope="module")
@@ -124,20 +106,6 @@ def stock_call(pipe, size, steps=3, guidance=1.0, output="pt", **options) -> tor
 
 def unpack(pipe, tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return pipe._unpack_latents(tokens, *size, FACTOR)
-
-
-class Recorder:
-    """What a transformer was called with and what it returned, call by call."""
-
-    def __init__(self, net: torch.nn.Module) -> None:
-        self.calls: list[dict[str, Any]] = []
-        self.results: list[torch.Tensor] = []
-        net.register_forward_hook(self._note, with_kwargs=True)
-
-    def _note(self, module, args, kwargs, output) -> None:
-        assert not args
-        self.calls.append(kwargs)
-        self.results.append(output[0])
 
 
 # --- against the stock pipeline -----------------------------------------------------------------------------------
@@ -257,28 +225,15 @@ def _train_config(config, folder: Path, **run: Any) -> Path:
     return config("train", changes)
 
 
-def _losses(run: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in ("seconds", "memory")} for row in rows]
-
-
 def test_a_lora_trains_resumes_and_loads_in_the_stock_pipeline(cli, config, folders, kind, tmp_path):
     path = _train_config(config, folders[kind])
     outcome = cli("train", path)
     assert outcome.code == 0, outcome.err
-    whole, resumed = tmp_path / "run", tmp_path / "resumed"
-    rows = _losses(whole)
+    whole = tmp_path / "run"
+    rows = losses(whole)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[-1]["gap"] > 0
-
-    shutil.copytree(whole, resumed)
-    shutil.rmtree(resumed / "lora")
-    assert cli("train", path, f"run.dir={resumed}", "--resume", str(_stop_at(resumed, 2))).code == 0
-    assert _losses(resumed) == rows
-    name = "pytorch_lora_weights.safetensors"
-    ours, again = load_file(whole / "lora" / name), load_file(resumed / "lora" / name)
-    assert ours.keys() == again.keys()
-    assert all(torch.equal(ours[key], again[key]) for key in ours)
+    assert_resumes_exactly(cli, path, whole)
 
     stock = load_stock(folders[kind])
     before = stock_call(stock, (32, 32))
@@ -288,14 +243,6 @@ def test_a_lora_trains_resumes_and_loads_in_the_stock_pipeline(cli, config, fold
     sampled = sample_media(adapted, REQUESTS, Sampling(steps=3, size=(32, 32)))
     assert (after - before).abs().max() > 0.01, "the adapter must matter, or this test shows nothing"
     assert (after - sampled).abs().max() < 1e-3
-
-
-def _stop_at(run: Path, step: int) -> Path:
-    """Take away every checkpoint after a step; the one of that step."""
-    for folder in run.glob("checkpoint-*"):
-        if int(folder.name.removeprefix("checkpoint-")) > step:
-            shutil.rmtree(folder)
-    return run / f"checkpoint-{step:06d}"
 
 
 def test_full_weights_train_and_are_read_by_stock_classes(cli, config, folders, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from diffalign.errors import UserError
 from diffalign.families.base import family_class, load_family
@@ -20,6 +20,8 @@ from diffalign.generate import sample_media
 from diffalign.types import Request, Sampling
 from diffalign.weights import add_lora
 from diffalign.worlds.shapes.pretrain import TOKENS, _tokenizer
+
+from . import tiny_parts
 
 PROMPTS = ["a photo of a red circle", "a photo of a blue square"]
 LEVELS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
@@ -34,26 +36,14 @@ MODELS = list(SCHEDULERS)
 
 
 def _encoder(kind: Any, tokenizer: Any, width: int) -> Any:
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = {"hidden_size": width, "intermediate_size": 16, "projection_dim": 6, "max_position_embeddings": TOKENS}
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), num_hidden_layers=3, num_attention_heads=2, initializer_factor=8.0, **sizes, **ids
-    )
-    return kind(config)
+    sizes = {"hidden_size": width, "projection_dim": 6, "max_position_embeddings": TOKENS, "num_hidden_layers": 3}
+    return tiny_parts.clip(kind, tokenizer, initializer_factor=8.0, **sizes)
 
 
 def _pipeline(model: str) -> Any:
     """32x32 images and 4x8x8 latents."""
     tokenizer = _tokenizer()
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(4, 4, 4),
-        norm_num_groups=2,
-        sample_size=32,
-        mid_block_add_attention=False,
-        scaling_factor=0.7,
-    )
+    vae = tiny_parts.vae(scaling_factor=0.7)
     big = model == "sdxl"
     added: dict[str, Any] = {
         "addition_embed_type": "text_time",
@@ -204,6 +194,22 @@ def test_images_go_in_and_out_as_through_the_stock_vae(folders, model):
         theirs = pipe.image_processor.postprocess(pipe.vae.decode(z / 0.7).sample, output_type="pt")
     torch.testing.assert_close(family.decode(z), theirs, rtol=0, atol=1e-5)
     assert next(family.vae.parameters()).dtype == torch.float32
+
+
+def test_the_statistics_of_a_vae_are_used_where_it_has_them(folders, tmp_path):
+    """As the stock pipeline of SDXL uses them; published fine-tunes have such a VAE."""
+    folder = shutil.copytree(folders["sdxl"], tmp_path / "model")
+    listed = {"latents_mean": [0.3, -0.2, 0.1, 0.5], "latents_std": [2.0, 0.5, 1.5, 3.0]}
+    file = folder / "vae/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **listed}))
+    requests = [Request(prompt, seed) for prompt, seed in zip(PROMPTS, (5, 6), strict=True)]
+    family = load({"sdxl": folder}, "sdxl")
+    images = [sample_media(f, requests, Sampling("ddim", 4)) for f in (family, load(folders, "sdxl"))]
+    theirs = call(stock_pipe({"sdxl": folder}, "sdxl"), 4, 1.0)
+    assert (images[0] - theirs).abs().max() < 1e-5
+    assert (images[1] - theirs).abs().max() > 1e-3
+    z = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(family.to_vae(family.to_network(z)), z)
 
 
 # --- the schedule ---------------------------------------------------------------------------------------------------

@@ -85,6 +85,39 @@ def test_a_run_continues_with_another_number_of_processes(cli, config, tmp_path)
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-6)
 
 
+FULL = {"model": {"lora": None}, "method": {"objective": {"beta": 10.0}}, "optim": {"name": "adamw", "lr": 1e-4}}
+
+
+def network(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "transformer/diffusion_pytorch_model.safetensors")
+
+
+def test_sharded_weights_train_like_whole_ones(cli, config, tmp_path):
+    """FSDP2 on two processes, with an average and a frozen reference; it goes on in one process, and stock loads it."""
+    import diffusers
+
+    path = config("train", {**FULL, "run": {"steps": 4, "save_every": 2, "keep": 9, "ema": 0.5}})
+    one, two, later = (tmp_path / name for name in ("one", "two", "later"))
+    assert cli("train", path, f"run.dir={one}").code == 0
+    launch(2, "train", path, "run.batch=2", "run.shard=true", f"run.dir={two}")
+    assert losses(two) == pytest.approx(losses(one), abs=2e-6)
+    for name, value in network(one).items():
+        torch.testing.assert_close(network(two)[name], value, rtol=0, atol=2e-6)
+    state = load_file(two / "checkpoint-000002/weights.safetensors")
+    assert {n for n in state if not n.startswith("average.")} == set(network(one)) - {"pos_embed.pos_embed"}
+    launch(2, "train", path, "run.batch=2", "run.shard=true", "run.steps=2", f"run.dir={later}")
+    launch(2, "train", path, "run.batch=2", "run.shard=true", f"run.dir={later}", "--resume", "latest")
+    assert losses(later) == losses(two)
+    assert cli("train", path, f"run.dir={two}", "--resume", str(two / "checkpoint-000002")).code == 0
+    assert losses(two) == pytest.approx(losses(one), abs=2e-6)
+    assert diffusers.SD3Transformer2DModel.from_pretrained(two / "transformer") is not None
+
+
+def test_sharding_needs_processes_and_full_weights(refused, config):
+    refused("train", config("train"), "run.shard=true", names=["run.shard", "full weights"])
+    refused("train", config("train", FULL), "run.shard=true", names=["run.shard", "torchrun"])
+
+
 def unpaired(path: Path) -> None:
     """Leave one candidate in every record of a config's data, liked or not."""
     import yaml

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffalign.likelihood import denoising_error
 from diffalign.objectives import diffusion, pointwise, reference_free
-from diffalign.registry import find_objective
+from diffalign.registry import find_objective, find_shaping
 from diffalign.types import LogProbs
 
 NAN = math.nan
@@ -364,3 +364,26 @@ def test_imitation_is_of_the_winner_and_counts_its_tokens():
     for name, params in (("simpo", {"sft_weight": 0.5}), ("contrastive", {"sft_weight": 0.5})):
         extra = find_objective(name)(lp, labels, **params)[1]
         assert extra.reduce().item() == pytest.approx(0.5 * 19 / 5)
+
+
+# --- winner guard -----------------------------------------------------------------------------------------------------
+
+
+def test_a_guard_stops_losers_only_where_their_winner_fell():
+    """Values stay; a pair whose winner is below the reference pushes its loser no further, the other pair does."""
+    policy = torch.tensor([[[-2.0], [-1.0]], [[-1.0], [-2.0]]], dtype=torch.float64, requires_grad=True)
+    reference = torch.full((2, 2, 1), -1.5, dtype=torch.float64)
+    lp = LogProbs({"policy": policy, "reference": reference}, torch.ones(2, 2, 1, dtype=torch.float64))
+    labels = {"reward": torch.tensor([[1.0, 0.0], [1.0, 0.0]])}
+    plain = find_objective("sigmoid")(lp, labels, beta=0.7)[0]
+    guarded = find_objective("sigmoid")(find_shaping("winner_guard")(lp, labels), labels, beta=0.7)[0]
+    assert torch.equal(plain.value, guarded.value)
+    (free,) = torch.autograd.grad(plain.value.sum(), policy)
+    (held,) = torch.autograd.grad(guarded.value.sum(), policy)
+    assert held[0, 1] == 0
+    assert free[0, 1] > 0
+    assert torch.equal(held[0, 0], free[0, 0])
+    assert torch.equal(held[1], free[1])
+    lax = find_shaping("winner_guard")(lp, labels, tolerance=0.5)
+    (loose,) = torch.autograd.grad(find_objective("sigmoid")(lax, labels, beta=0.7)[0].value.sum(), policy)
+    assert torch.equal(loose, free)

@@ -1,5 +1,6 @@
 """Defects of published training code that must not return; those pinned elsewhere are listed with their test."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +60,7 @@ class Pixels:
 
     name, fingerprint = "pixels", "0"
 
-    modality, reads_condition = "image", False
+    modality, reads_condition, aligned_condition = "image", False, False
 
     def sample_size(self, size):
         return size or (8, 8)
@@ -114,15 +115,16 @@ def stub_job(net: nn.Module, weights: Weights, micro: int, accumulate: int) -> A
             return pairs.rows(torch.tensor(indices))
 
     run = SimpleNamespace(
-        world=1, rank=0, autocast=torch.enable_grad,
+        world=1, rank=0, rollbacks=0, autocast=torch.enable_grad, kernels=lambda positions: nullcontext(),
         mean_over_ranks=torch.mean, folder=Path(),
     )  # fmt: skip
     net.device = torch.device("cpu")
     settings = SimpleNamespace(accumulate=accumulate, batch=micro, seed=0)
     update = linear.make_update(net, lambda t: t)
+    config = SimpleNamespace(run=settings, data=SimpleNamespace(bank=None))
     return SimpleNamespace(
-        config=SimpleNamespace(run=settings), method=linear.METHOD, labels=("reward",), family=net, weights=weights,
-        data=Data(), run=run, update=update,
+        config=config, method=linear.METHOD, labels=("reward",), family=net, weights=weights, data=Data(), run=run,
+        update=update, bank=None,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign import media
-from diffalign.dataset import Dataset, Visit, visits
+from diffalign.dataset import Dataset, Visit, frame_labels, visits
 from diffalign.encoding import Cut
 from diffalign.errors import UserError
 from diffalign.randomness import keyed
@@ -24,8 +24,8 @@ class Pixels:
 
     name, fingerprint, modality = "pixels", "0", "image"
 
-    def __init__(self, reads_condition: bool = False) -> None:
-        self.reads_condition = reads_condition
+    def __init__(self, reads_condition: bool = False, aligned_condition: bool = False) -> None:
+        self.reads_condition, self.aligned_condition = reads_condition, aligned_condition
         self.encoded = 0
 
     def sample_size(self, size):
@@ -116,11 +116,52 @@ def test_both_candidates_are_mirrored_or_neither(make):
                                                    for i in range(12)), strict=True))  # fmt: skip
 
 
+def test_an_aligned_condition_is_cut_as_its_sample_is(make):
+    family = Pixels(reads_condition=True, aligned_condition=True)
+    for cut in (Cut(), Cut(crop="random"), Cut(size=(8, 16), buckets=4)):
+        batch = make([(16, 40)] * 3, cut=cut, family=family, condition="0-0.png").batch(range(3), generators(3), ())
+        assert torch.equal(batch.cond["control"], batch.x0)
+
+
+class Drawn(Pixels):
+    """Latents with the noise of the posterior."""
+
+    def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor | None) -> Tensor:
+        assert noise is not None
+        return mean + noise
+
+
+def test_one_sample_under_two_conditions_is_one_latent(tmp_path):
+    """Condition PO compares errors of one noisy latent: a draw from the posterior per candidate would add its own."""
+    for name in ("a.png", "b.png"):
+        ramp(8, 8).save(tmp_path / name)
+    rows = [
+        Record(id=str(i), prompt="p", candidates=[Candidate(sample=name) for name in names])
+        for i, names in enumerate((("a.png", "a.png"), ("a.png", "b.png"), ("a.png",)))
+    ]
+    x0 = Dataset(rows, tmp_path, Drawn(), tmp_path / "cache").batch(range(3), generators(3), ()).x0
+    assert torch.equal(x0[0, 0], x0[0, 1])
+    assert not torch.equal(x0[1, 0], x0[1, 1])
+    assert not torch.equal(x0[0, 0], x0[1, 0])
+
+
 def test_prompts_of_different_lengths_are_filled_up(make):
     data = make([(8, 8)] * 3, prompts=["a", "bcd", "ef"])
     cond = data.batch([0, 1, 2], generators(3), ()).cond
     assert cond["mask"][:, 0].tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0]]
     assert torch.equal(cond["states"][..., 0], 2 * cond["mask"])
+
+
+def test_prompts_are_dropped_by_the_record_and_the_pass(tmp_path):
+    ramp(8, 8).save(tmp_path / "a.png")
+    one = [Candidate(sample="a.png", labels={"reward": 0.0})]
+    rows = [Record(id=str(i), prompt="abc", candidates=one) for i in range(40)]
+    data = Dataset(rows, tmp_path, Pixels(), tmp_path / "cache", dropout=0.25)
+    kept = [data.batch([i], [keyed(CPU, 0, i, 0)], ()).cond["mask"].sum().item() == 3 for i in range(40)]
+    assert 22 < sum(kept) < 38
+    together = data.batch(range(40), generators(40), ()).cond["mask"].sum(-1)[:, 0]
+    assert (together == 3).tolist() == kept
+    assert set(together.tolist()) == {0.0, 3.0}
 
 
 def test_a_condition_that_lacks_is_named(make):
@@ -141,6 +182,25 @@ def test_a_damaged_cache_is_made_again(make, tmp_path):
     again = Pixels()
     make([(8, 8)] * 2, family=again)
     assert again.encoded == 0
+
+
+# --- labels of segments -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("segments", "frames", "lengths"), [(5, 81, [17, 16, 16, 16, 16]), (1, 9, [9]), (2, 9, [5, 4])]
+)
+def test_segments_are_mapped_by_the_frames_that_a_latent_frame_is_made_of(segments, frames, lengths):
+    of_frame = [segment for segment, length in enumerate(lengths) for _ in range(length)]
+    assert len(of_frame) == frames
+    units = (frames - 1) // 4 + 1
+    made_of = [[0], *([4 * u - 3, 4 * u - 2, 4 * u - 1, 4 * u] for u in range(1, units))]
+    expected = [{of_frame[frame] for frame in latent} for latent in made_of]
+    assert all(len(found) == 1 for found in expected), "no latent frame lies in two segments"
+    values = torch.arange(2.0 * segments).reshape(1, 2, segments)
+    found = frame_labels(values, units)
+    assert found.tolist() == [[[row[next(iter(s))] for s in expected] for row in values[0].tolist()]]
+    assert torch.equal(frame_labels(found, units), found)
 
 
 # --- the order of visits ----------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def test_a_clip_comes_back(tmp_path):
     clip = torch.stack([media.to_tensor(gradient(32, 48)).roll(4 * i, 2) / 2 + 0.5 for i in range(5)], 1)
     media.write("video", tmp_path / "media/a.mp4", clip)
     assert media.picture_size("video", tmp_path, "media/a.mp4") == (32, 48)
+    assert media.frame_count(tmp_path, "media/a.mp4") == len(clip[0])
     back = media.read("video", tmp_path, "media/a.mp4", (5, 32, 48), (0.5, 0.5))
     assert back.shape == (3, 5, 32, 48)
     assert float((back / 2 + 0.5 - clip).abs().mean()) < 0.02
@@ -60,13 +61,6 @@ def test_a_clip_comes_back(tmp_path):
     assert half.shape == (3, 3, 16, 16)
     with pytest.raises(UserError, match=r"a\.mp4: has 5 frames, 6 are needed"):
         media.read("video", tmp_path, "media/a.mp4", (6, 32, 48), (0.5, 0.5))
-
-
-def test_the_same_clip_has_the_same_bytes(tmp_path):
-    clip = torch.rand(3, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-    for name in ("a", "b"):
-        media.write("video", tmp_path / f"{name}.mp4", clip)
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a clip", b"\0\0\0\x18ftypmp42"])

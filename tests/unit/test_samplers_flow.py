@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import UserError
-from diffalign.samplers import SAMPLERS, dpm2, euler, rollout, sa_grid, sa_solver
+from diffalign.samplers import SAMPLERS, dpm2, euler, guided, rollout, sa_grid, sa_solver
 from diffalign.schedule import Rectified
 from diffalign.transitions import FLOW_STEPS
 
@@ -161,3 +161,29 @@ def test_states_and_paths_hold_every_step():
     assert path.t.shape == (2, 7)
     for step in range(6):
         assert torch.equal(path.prediction[:, step], velocity(path.x[:, step], grid[step]))
+
+
+class Line:
+    """A family whose prediction is its condition; it notes how many rows it is asked for."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def predict(self, net: object, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        self.rows.append(len(x))
+        return cond["value"].expand_as(x)
+
+    def rescale(self, guided: Tensor, with_prompt: Tensor) -> Tensor:
+        return guided
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.5, 1.0), (0.3, 0.75)])
+def test_guidance_acts_within_its_interval_only(interval):
+    line = Line()
+    cond, empty = {"value": torch.tensor([[3.0]])}, {"value": torch.tensor([[1.0]])}
+    predict = guided(line, torch.nn.Identity(), cond, empty, 4.0, interval)
+    times = [0.1, 0.3, 0.5, 0.75, 0.9, 1.0]
+    found = [predict(torch.zeros(1, 1), torch.tensor(t)).item() for t in times]
+    acts = [interval[0] <= t <= interval[1] for t in times]
+    assert found == [1 + 4 * 2 if act else 3.0 for act in acts]
+    assert line.rows == [2 if act else 1 for act in acts]

@@ -150,6 +150,19 @@ def test_flow_grid_is_the_stock_grid(shift, steps):
     torch.testing.assert_close(ours.native(ours.grid(steps)[:-1]), stock.timesteps, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("steps", [2, 10, 50])
+def test_a_grid_stretched_to_its_terminal_time_is_the_stock_grid(steps):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    stock = FlowMatchEulerDiscreteScheduler(shift=2.0, shift_terminal=0.02)
+    stock.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist())
+    ours = Rectified(shift=2.0, even=True, terminal=0.02)
+    torch.testing.assert_close(ours.grid(steps), stock.sigmas, rtol=0, atol=1e-6)
+    assert ours.grid(1).tolist() == [1.0, 0.0]
+    u = torch.linspace(0, 1, 5)
+    assert torch.equal(ours.shifted(u), Rectified(shift=2.0).shifted(u)), "training times are not stretched"
+
+
 def test_discrete_grid_is_the_stock_trailing_grid():
     from diffusers import DDIMScheduler
 
@@ -196,6 +209,18 @@ def test_flow_times_have_logit_normal_quantiles(mean, std, shift):
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
     normal = mean + std * math.sqrt(2) * torch.special.erfinv(2 * levels - 1)
     torch.testing.assert_close(u.logit().quantile(levels), normal, rtol=0, atol=0.02 * std)
+
+
+@pytest.mark.parametrize("density", ["uniform", "logit_normal"])
+@pytest.mark.parametrize(("least", "shift"), [(0.875, 1.0), (0.875, 12.0), (0.4, 3.0)])
+def test_flow_times_from_the_least_on_are_the_part_of_the_density_there(density, least, shift):
+    whole = Rectified(shift=shift).sample_t((400_000,), generator(), density=density).double()
+    kept = whole[whole >= least]
+    part = Rectified(shift=shift, least=least).sample_t((200_000,), generator(1), density=density).double()
+    assert part.min() >= least
+    levels = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
+    assert (part.quantile(levels) - kept.quantile(levels)).abs().max() < 0.01 * (1 - least)
+    assert torch.equal(Rectified(shift=shift, least=least).grid(5), Rectified(shift=shift).grid(5))
 
 
 def test_flow_times_can_be_uniform():
