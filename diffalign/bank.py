@@ -86,11 +86,15 @@ class Bank:
         file = open_checked(self.path)
         return None if file is None else file.get_tensor("errors")
 
+    def key(self, visit: Visit) -> Visit:
+        """What a visit shares with the visits that see the same draw."""
+        return Visit(visit.record, visit.epoch % self.draws)
+
     def known(self, chosen: Sequence[Visit]) -> Tensor | None:
         """(B, K, U) for these visits, None unless all are known."""
         if self.errors is None:
             return None
-        found = torch.stack([self.errors[visit.record, visit.epoch % self.draws] for visit in chosen])
+        found = torch.stack([self.errors[self.key(visit)] for visit in chosen])
         return None if found.isnan().any() else found
 
     def put(self, chosen: Sequence[Visit], errors: Tensor) -> None:
@@ -99,7 +103,7 @@ class Bank:
         if self.errors is None:
             self.errors = torch.full((self.records, self.draws, *found.shape[1:]), torch.nan)
         for visit, row in zip(chosen, found, strict=True):
-            self.errors[visit.record, visit.epoch % self.draws] = row
+            self.errors[self.key(visit)] = row
 
     def save(self, total: Callable[[Tensor], Tensor], *, write: bool) -> None:
         """Put together what all ranks and other runs found, and write it.

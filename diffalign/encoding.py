@@ -9,8 +9,7 @@ or a second writer leaves nothing half-written behind.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -48,7 +47,7 @@ class Encoder(Protocol):
     def latent_shape(self, size: Size | None) -> tuple[int, ...]: ...
     def encode_prompt(self, prompts: Sequence[str]) -> Condition: ...
     def encode_condition(self, images: Sequence[Image.Image], size: Size) -> Condition: ...
-    def encode_geometry(self, views: Sequence[media.View]) -> Condition: ...
+    def encode_geometry(self, views: Iterable[media.View]) -> Condition: ...
     def encode_media(self, samples: Tensor) -> tuple[Tensor, Tensor]: ...
     def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor | None) -> Tensor: ...
 
@@ -137,12 +136,11 @@ def encode_shard(shard: Sequence[Record], root: Path, family: Encoder, size: Siz
 
 def _each(shard: Sequence[Record], root: Path, family: Encoder, size: Size, cut: Cut, flip: bool) -> Condition:
     """What belongs to a candidate rather than to its prompt: the geometry of its picture, and its condition image."""
-    views = [
+    views = (  # opened only for a family that is told of them
         media.view(media.picture_size(family.modality, root, name), (size[-2], size[-1]), cut.place(record))
         for record in shard
         for name in samples_of(record, root)
-        if family.modality != "mesh"
-    ]
+    )
     found = family.encode_geometry(views)
     if family.reads_condition:
         for record in shard:
@@ -178,15 +176,6 @@ def _batches(samples: Iterator[Tensor], most: int = 2**26) -> Iterator[Tensor]:
         yield torch.stack(waiting)
 
 
-def cached(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> Any:
-    """An open safetensors file with what ``make`` returns, made again if it is missing or broken."""
-    found = open_checked(path)
-    if found is None:
-        write_checked(path, make())
-        found = safe_open(path, framework="pt")
-    return found
-
-
 def write_checked(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors with their own digest, whole or not at all."""
     content = save(dict(tensors), metadata={CHECKSUM: tensor_digest(sorted(tensors.items()))})
@@ -210,4 +199,9 @@ def open_shard(
 ) -> tuple[str, Any]:
     """The encodings of records of one size, from the cache or made now, and the digest that names them."""
     digest = shard_digest(shard, root, family, size, cut)
-    return digest, cached(cache / f"{digest}.safetensors", partial(encode_shard, shard, root, family, size, cut))
+    path = cache / f"{digest}.safetensors"
+    file = open_checked(path)
+    if file is None:
+        write_checked(path, encode_shard(shard, root, family, size, cut))
+        file = safe_open(path, framework="pt")
+    return digest, file

@@ -16,8 +16,8 @@ from diffalign import kohya
 from diffalign.config import ExportConfig
 from diffalign.errors import UserError
 from diffalign.families.base import family_class, load_family
-from diffalign.files import replacing_folder, write_json
-from diffalign.foreign import adapter_settings, foreign_files, quiet
+from diffalign.files import replacing_folder
+from diffalign.foreign import foreign_files, quiet, write_peft
 from diffalign.networks import Loading
 from diffalign.types import Request
 from diffalign.weights import lora_layers, merge_lora, remove_lora
@@ -157,17 +157,12 @@ def _diffusers(family: Any, folder: Path, name: str) -> Reloaded:
 
 
 def _peft(family: Any, folder: Path, name: str) -> Reloaded:
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     if family.modality == "text":
         family.save_lora(folder, family.net)
     else:
-        state = get_peft_model_state_dict(family.net, adapter_name="default")
-        save_file(
-            {f"base_model.model.{key}": value.contiguous() for key, value in state.items()},
-            folder / "adapter_model.safetensors",
-        )
-        write_json(folder / "adapter_config.json", adapter_settings(family.net))
+        write_peft(folder, family.net)
     return _reloaded(family, lambda net: PeftModel.from_pretrained(net, str(folder)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from diffalign.errors import UserError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
 
 @contextmanager
@@ -64,6 +66,18 @@ def adapter_settings(net: nn.Module) -> dict[str, Any]:
     """The PEFT settings of a network's LoRA; sets become sorted lists, because files should have an order."""
     settings = net.peft_config["default"].to_dict()  # type: ignore[index]
     return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+
+
+def write_peft(folder: Path, net: nn.Module) -> None:
+    """Write the LoRA of a network as a PEFT adapter folder, which ``PeftModel.from_pretrained`` reads."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    state = get_peft_model_state_dict(net, adapter_name="default")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PEFT_CONFIG).write_text(json.dumps(adapter_settings(net), indent=2, sort_keys=True), encoding="utf-8")
+    named = {f"{PEFT_PREFIX}{key}": value.contiguous() for key, value in state.items()}
+    save_file(named, folder / PEFT_FILE, metadata={"format": "pt"})
 
 
 def tensor_digest(named: Iterable[tuple[str, Tensor]], note: str = "") -> str:

@@ -1,12 +1,11 @@
-"""What families share: frozen parts and encoded prompts; those of diffusers also loading, the VAE and adapters."""
+"""What families share: how they are found and loaded, frozen parts, conditions encoded once."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -210,7 +209,7 @@ class LatentFamily:
         """What condition images give, leading with N, for samples of ``size``."""
         raise NotImplementedError
 
-    def encode_geometry(self, views: Sequence[View]) -> Condition:
+    def encode_geometry(self, views: Iterable[View]) -> Condition:
         """What the network is told of how pictures were cut, leading with N; most are told nothing."""
         return {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +37,7 @@ class Family(sd.Family):
             states, pooled = states * given[:, None, None], pooled * given[:, None]
         return {"states": states, "pooled": pooled}
 
-    def encode_geometry(self, views: Sequence[View]) -> Condition:
+    def encode_geometry(self, views: Iterable[View]) -> Condition:
         """``sizes`` (N, 6): height and width of the original, top and left of the crop, height and width used."""
         rows = [[*view.original, *view.crop, *view.target] for view in views]
         return {"sizes": torch.tensor(rows, dtype=torch.float32, device=self.device)}

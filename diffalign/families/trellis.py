@@ -27,7 +27,7 @@ from diffalign.families._trellis_files import (
     read_pipeline,
 )
 from diffalign.families.base import LatentFamily
-from diffalign.foreign import adapter_settings, foreign_files
+from diffalign.foreign import PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX, foreign_files, write_peft
 from diffalign.media import Size
 from diffalign.networks import Loading
 from diffalign.randomness import Generator
@@ -36,7 +36,6 @@ from diffalign.types import Condition
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VISIBLE, MARGIN = 0.8 * 255, 1.2
-PEFT_PREFIX, ADAPTER_CONFIG = "base_model.model.", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Family(LatentFamily):
     modality = "mesh"
     net_name = FLOW
     index_file = INDEX
-    lora_file = "adapter_model.safetensors"
+    lora_file = PEFT_FILE
     lora_targets = ("to_q", "to_kv", "to_qkv", "to_out")
     reads_condition: bool = True
     """Whether conditions are images; False for the text models, which a checkpoint decides."""
@@ -196,16 +195,7 @@ class Family(LatentFamily):
 
     def save_lora(self, folder: Path, net: nn.Module) -> None:
         """Write a PEFT adapter folder, which ``PeftModel.from_pretrained`` puts on the authors' network too."""
-        from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
-
-        state = get_peft_model_state_dict(net, adapter_name="default")
-        state = {f"{PEFT_PREFIX}{key}": value.contiguous() for key, value in state.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ADAPTER_CONFIG).write_text(
-            json.dumps(adapter_settings(net), indent=2, sort_keys=True), encoding="utf-8"
-        )
-        save_file(state, folder / self.lora_file, metadata={"format": "pt"})
+        write_peft(folder, net)
 
     def save_net(self, folder: Path, net: nn.Module) -> None:
         """Write full weights in the published layout: ``<name>.json`` and ``<name>.safetensors``."""
@@ -224,7 +214,7 @@ class Family(LatentFamily):
         from peft import PeftConfig, set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        for name in (self.lora_file, ADAPTER_CONFIG):  # without its config PEFT would look for the folder on the Hub
+        for name in (self.lora_file, PEFT_CONFIG):  # without its config PEFT would look for the folder on the Hub
             if not (folder / name).is_file():
                 raise UserError(f"model.adapter: {folder} holds no {name}")
         with foreign_files(f"model.adapter: {folder} does not fit this {self.name}"):

@@ -246,8 +246,7 @@ def _schedule(job: Job, first: int) -> Iterator[list[list[Visit]]]:
 
 def _batch(job: Job, chosen: Sequence[Visit]) -> tuple[Batch, list[torch.Generator]]:
     """A micro-batch, and all randomness of each of its records: a visit has the same on whatever rank it comes."""
-    draws = job.config.data.bank
-    keys = [visit if draws is None else Visit(visit.record, visit.epoch % draws) for visit in chosen]
+    keys = chosen if job.bank is None else [job.bank.key(visit) for visit in chosen]
     seed = job.config.run.seed, job.run.rollbacks  # after a rollback, other noise than that which failed
     generators = [keyed(job.family.device, *seed, *key) for key in keys]
     batch = job.data.batch([visit.record for visit in chosen], generators, job.labels)

@@ -195,9 +195,10 @@ class Run:
                 self._writer.add_scalar(name, value, step)
 
     def past_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far."""
+        """The lines of metrics.jsonl so far, for the process that writes them."""
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if self.is_main and path.is_file() else []
+        return [json.loads(line) for line in lines]
 
     def forget_after(self, step: int) -> None:
         """Drop metrics and checkpoints of later steps, which this run will take again."""
