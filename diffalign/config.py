@@ -111,6 +111,10 @@ class ScoreConfig(Strict):
     out: str = Field(description="output .jsonl, in the folder of the input (media paths are relative to it)")
     scorers: list[ScorerConfig] = Field(min_length=1)
     batch: int = Field(default=256, gt=0)
+    failures: float = Field(
+        default=0.05, ge=0, le=1, description="stop when a scorer fails on more than this share of the candidates"
+    )
+    retry: bool = Field(default=False, description="the input was scored before: score what failed, keep the rest")
 
 
 class BuildConfig(Strict):

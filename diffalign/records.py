@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 64_000_000
+_KINDS = {
+    **dict.fromkeys((".mp4", ".webm", ".mov", ".mkv", ".avi"), "video"),
+    **dict.fromkeys((".npz", ".ply", ".obj"), "mesh"),
+}
 # what broken files raise in PIL
 _DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
 
@@ -54,6 +58,7 @@ class Candidate(_Model):
     condition: str | None = None
     labels: dict[str, StrictFloat | list[StrictFloat]] = Field(default_factory=dict, description="or one per unit")
     origin: dict[str, Any] = Field(default_factory=dict, description="model, seed, sampler, steps, guidance ...")
+    errors: dict[str, str] = Field(default_factory=dict, description="label -> why a scorer could not give it")
 
     @model_validator(mode="after")
     def _is_sound(self) -> Candidate:
@@ -268,6 +273,11 @@ def media_path(root: Path, relative: str) -> Path:
     return path
 
 
+def media_kind(name: str) -> str:
+    """``"image"``, ``"video"`` or ``"mesh"``, by the ending of a media file."""
+    return _KINDS.get(PurePosixPath(name).suffix.lower(), "image")
+
+
 def read_image(root: Path, relative: str, *, keep_alpha: bool = False) -> Image.Image:
     """A media file as an upright RGB image; transparency is laid over white, or kept (RGBA).
 
@@ -323,11 +333,12 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
     Returns:
         ``records``; ``candidates``: how many records have how many; ``labels``: name -> count, mean, min, max (a
         list-valued label counts by its mean); ``ties``: records in which two candidates have the same ``reward``;
-        ``tasks``: records per ``meta.tag``.
+        ``tasks``: records per ``meta.tag``; ``failed``: label -> candidates that a scorer could not score.
     """
     sizes: Counter[int] = Counter()
     tasks: Counter[str] = Counter()
     values: defaultdict[str, list[float]] = defaultdict(list)
+    failed: Counter[str] = Counter()
     ties = 0
     for record in records:
         sizes[len(record.candidates)] += 1
@@ -336,6 +347,7 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
         rewards = [c.labels["reward"] for c in record.candidates if "reward" in c.labels]
         ties += any(a == b for a, b in combinations(rewards, 2))
         for candidate in record.candidates:
+            failed.update(candidate.errors.keys())
             for name, value in candidate.labels.items():
                 values[name].append(fmean(value) if isinstance(value, list) else value)
     return {
@@ -347,4 +359,5 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
         },
         "ties": ties,
         "tasks": dict(sorted(tasks.items())),
+        "failed": dict(sorted(failed.items())),
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from diffalign.config import ScoreConfig, ScorerConfig
 from diffalign.errors import UserError
 from diffalign.files import claim, require_complete, siblings
 from diffalign.records import Record
-from diffalign.scoring import Scorer, check_unscored, load_scorer, score_records
+from diffalign.scoring import Scorer, check_unscored, load_scorer, record_groups, score_records
 
 
 def run(config: ScoreConfig, dry_run: bool = False) -> Path:
-    """Score every record that the output does not hold yet and print a line per label.
+    """Score every record that the output does not hold yet; print a line per label and what could not be scored.
 
     ``dry_run`` checks the input, loads the scorers, scores the first record and writes nothing.
 
@@ -26,26 +27,39 @@ def run(config: ScoreConfig, dry_run: bool = False) -> Path:
         The output file. Beside it, ``<out>.meta.json`` says which input and scorers it belongs to.
 
     Raises:
-        UserError: the input does not fit, or an existing output belongs to another input or other scorers.
+        UserError: the input does not fit, an existing output belongs to another input or other scorers, or more than
+            ``config.failures`` of the candidates cannot be scored.
     """
     source, out = siblings(config.records, config.out)
     specs = _by_label(config.scorers)
     ids: set[str] = set()
+    total = 0
     for record in records.read(source):
-        check_unscored(record, specs)
+        check_unscored(record, specs, retry=config.retry)
         ids.add(record.id)
+        total += len(record.candidates)
     require_complete(source, len(ids))
     claim(out, {**_identity(source, specs), "count": len(ids)}, write=not dry_run)
     if dry_run:
         first = next(score_records(records.read(source), source.parent, _load(specs), config.batch))
-        labels = [dict(candidate.labels) for candidate in first.candidates]
+        labels = [{**candidate.labels, **candidate.errors} for candidate in first.candidates]
         print(f"would score {len(ids)} records of {source} with {', '.join(specs)} into {out}; first record: {labels}")
         return out
-    _score_missing(source, out, specs, config.batch, ids)
-    for label, stats in records.summary(records.read(out))["labels"].items():
-        if label in specs:
-            print(f"{label}: mean {stats['mean']:.4f}, min {stats['min']:.4f}, max {stats['max']:.4f}")
+    _score_missing(source, out, specs, config.batch, ids, _Budget(config.failures, total))
+    _print_summary(out, specs)
     return out
+
+
+def _print_summary(out: Path, specs: Collection[str]) -> None:
+    summary = records.summary(records.read(out))
+    for label in specs:
+        stats, failed = summary["labels"].get(label), summary["failed"].get(label, 0)
+        line = (
+            "no scores"
+            if stats is None
+            else f"mean {stats['mean']:.4f}, min {stats['min']:.4f}, max {stats['max']:.4f}"
+        )
+        print(f"{label}: {line}{f'; {failed} candidates not scored' if failed else ''}")
 
 
 def _by_label(scorers: Iterable[ScorerConfig]) -> dict[str, ScorerConfig]:
@@ -70,7 +84,9 @@ def _identity(source: Path, specs: dict[str, ScorerConfig]) -> dict[str, Any]:
     return {"records": {"file": source.name, "sha256": digest}, "scorers": scorers}
 
 
-def _score_missing(source: Path, out: Path, specs: dict[str, ScorerConfig], batch: int, ids: set[str]) -> None:
+def _score_missing(
+    source: Path, out: Path, specs: dict[str, ScorerConfig], batch: int, ids: set[str], budget: _Budget
+) -> None:
     with records.Appender(out) as output, Progress() as progress:
         strangers = sorted(output.done - ids)
         if strangers:
@@ -81,26 +97,40 @@ def _score_missing(source: Path, out: Path, specs: dict[str, ScorerConfig], batc
         if len(output.done) == len(ids):
             return
         scorers = _load(specs)
-        for group in _groups(records.read(source), batch):
-            missing = {record.id for record in group} - output.done
-            if missing:
-                scored = score_records(group, source.parent, scorers, batch)
-                output.append(record for record in scored if record.id in missing)
-                progress.advance(task, len(missing))
+        for group in record_groups(records.read(source), batch):
+            if all(record.id in output.done for record in group):
+                continue
+            scored = list(score_records(group, source.parent, scorers, batch))
+            budget.spend(scored, specs)
+            missing = [record for record in scored if record.id not in output.done]
+            output.append(missing)
+            progress.advance(task, len(missing))
 
 
-def _groups(found: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    """Runs of records with up to ``size`` candidates, or one record with more.
+class _Budget:
+    """Stops a run that mostly fails: a wrong setting should not cost the whole pool."""
 
-    The same runs whatever was done before: the last bits of a score may depend on the batch it is computed in.
-    """
-    group: list[Record] = []
-    held = 0
-    for record in found:
-        if group and held + len(record.candidates) > size:
-            yield group
-            group, held = [], 0
-        group.append(record)
-        held += len(record.candidates)
-    if group:
-        yield group
+    def __init__(self, share: float, total: int) -> None:
+        self.share, self.seen = share, 0
+        self.few = min(total, 16)  # so many that all fail say what is wrong
+        self.failed: Counter[str] = Counter()
+
+    def spend(self, scored: Iterable[Record], labels: Collection[str]) -> None:
+        """Count what a batch lost.
+
+        Raises:
+            UserError: a label has lost more than the share (of a hundred candidates at least), or every candidate.
+        """
+        examples: dict[str, str] = {}
+        for record in scored:
+            self.seen += len(record.candidates)
+            for index, candidate in enumerate(record.candidates):
+                for label in candidate.errors.keys() & set(labels):
+                    self.failed[label] += 1
+                    examples[label] = f"record {record.id!r}, candidate {index}: {candidate.errors[label]}"
+        for label, count in self.failed.items():
+            if count > self.share * max(self.seen, 100) or (count == self.seen >= self.few):
+                raise UserError(
+                    f"scorer {label!r} failed on {count} of {self.seen} candidates (`failures: {self.share}`), "
+                    f"for example {examples.get(label, 'as the output says')}"
+                )

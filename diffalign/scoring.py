@@ -14,32 +14,38 @@ import pkgutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffalign.errors import UserError, nearest
-from diffalign.records import Candidate, Record, plain_text, read_image
+from diffalign.records import Candidate, Record, media_kind, media_path, plain_text, read_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
 GROUP = "diffalign.scorers"
+KINDS = ("image", "text", "video", "mesh")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a scorer sees of a candidate: an image or a text, its prompt, and the record's ``meta``."""
+    """What a scorer sees of a candidate: what was made, its prompt, what it was made from, and the record's ``meta``.
+
+    Pictures come decoded; clips, meshes and condition pictures as the files they are.
+    """
 
     prompt: str
     image: Image.Image | None = None
     text: str | None = None
+    video: Path | None = None
+    mesh: Path | None = None
+    condition: Path | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
-        """``"image"`` or ``"text"``."""
-        return "text" if self.image is None else "image"
+        """``"image"``, ``"text"``, ``"video"`` or ``"mesh"``."""
+        return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +57,33 @@ class Score:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Instead of a score: this one item could not be scored. It is counted and masked, and never taken for a zero."""
+
+    kind: str
+    """``input`` (the item), ``not-finite``, ``timeout``, ``remote`` or the name of an exception."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {' '.join(self.reason.split())}"
+
+
+Outcome = Score | Failure
+
+
 class Scorer(Protocol):
-    """A callable with its needs: one score per sample, in order."""
+    """A callable with its needs: one outcome per sample, in order.
+
+    A scorer with a true ``together`` compares: it is called with all candidates of one record at a time.
+    """
 
     @property
     def accepts(self) -> frozenset[str]:
-        """Of ``"image"`` and ``"text"``."""
+        """Of :data:`KINDS`."""
         ...
 
-    def __call__(self, samples: Sequence[Sample]) -> Sequence[Score]: ...
+    def __call__(self, samples: Sequence[Sample]) -> Sequence[Outcome]: ...
 
 
 def _package() -> str | None:
@@ -139,21 +163,45 @@ def load_scorer(name: str, **params: Any) -> Scorer:
     return scorer
 
 
-def check_unscored(record: Record, labels: Collection[str]) -> None:
-    """A record can take these labels: it has candidates and none of them carries one already."""
+def check_unscored(record: Record, labels: Collection[str], *, retry: bool = False) -> None:
+    """A record can take these labels: it has candidates and none of them carries one already.
+
+    Args:
+        retry: labels may be there, since only what failed is scored again.
+    """
     if not record.candidates:
         raise UserError(f"record {record.id!r} has no candidates to score")
     if not isinstance(record.meta.get("scores", {}), dict):
         raise UserError(f"record {record.id!r}: meta.scores is where scorers put details; rename this key")
     for index, candidate in enumerate(record.candidates):
-        taken = sorted(candidate.labels.keys() & set(labels))
-        if taken:
+        taken = sorted((candidate.labels.keys() | candidate.errors.keys()) & set(labels))
+        if taken and not retry:
             where = f"record {record.id!r}, candidate {index}"
             raise UserError(f"{where}: label {taken[0]!r} is already there; choose another `label:`")
 
 
+def record_groups(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    """Runs of records with up to ``size`` candidates, or one record with more.
+
+    The same runs whatever was done before: the last bits of a score may depend on the batch it is computed in.
+    """
+    group: list[Record] = []
+    held = 0
+    for record in records:
+        if group and held + len(record.candidates) > size:
+            yield group
+            group, held = [], 0
+        group.append(record)
+        held += len(record.candidates)
+    if group:
+        yield group
+
+
 def score_records(records: Iterable[Record], root: Path, scorers: Mapping[str, Scorer], batch: int) -> Iterator[Record]:
     """Stream records with a label per scorer added, in order; the inputs stay as they are.
+
+    A candidate that a scorer fails on, or that cannot be read, gets the reason in ``errors[label]`` instead. A label
+    that is already there is kept.
 
     Args:
         root: folder that media paths are relative to.
@@ -161,34 +209,32 @@ def score_records(records: Iterable[Record], root: Path, scorers: Mapping[str, S
         batch: candidates per scorer call, across records.
 
     Raises:
-        UserError: a label is already there, a sample cannot be read, or a scorer does not fit or misbehaves.
+        UserError: a scorer does not read what it is given, or does not return one outcome per sample.
     """
-    scored: list[dict[str, Score]] = []
-    for record, scores in _scored_candidates(records, root, scorers, batch):
-        scored.append(scores)
-        if len(scored) == len(record.candidates):
-            yield _labelled(record, scored)
-            scored = []
+    for group in record_groups(records, batch):
+        for record in group:
+            check_unscored(record, scorers, retry=True)
+        items = [_Item(record, index, root) for record in group for index in range(len(record.candidates))]
+        columns = {label: _column(label, scorer, items, batch) for label, scorer in scorers.items()}
+        start = 0
+        for record in group:
+            end = start + len(record.candidates)
+            yield _labelled(record, {label: column[start:end] for label, column in columns.items()})
+            start = end
 
 
-def _scored_candidates(
-    records: Iterable[Record], root: Path, scorers: Mapping[str, Scorer], batch: int
-) -> Iterator[tuple[Record, dict[str, Score]]]:
-    """Every candidate of every record, in order: its record and its score per label."""
-    candidates = _candidates(records, scorers)
-    while chunk := list(islice(candidates, batch)):
-        samples = [_sample(record, record.candidates[index], root) for record, index in chunk]
-        names = [f"record {record.id!r}, candidate {index}" for record, index in chunk]
-        columns = {label: _call(label, scorer, samples, names) for label, scorer in scorers.items()}
-        for row, (record, _) in enumerate(chunk):
-            yield record, {label: column[row] for label, column in columns.items()}
+class _Item:
+    """A candidate on its way to the scorers."""
 
-
-def _candidates(records: Iterable[Record], labels: Collection[str]) -> Iterator[tuple[Record, int]]:
-    for record in records:
-        check_unscored(record, labels)
-        for index in range(len(record.candidates)):
-            yield record, index
+    def __init__(self, record: Record, index: int, root: Path) -> None:
+        self.record, self.index = record, index
+        self.candidate = record.candidates[index]
+        self.name = f"record {record.id!r}, candidate {index}"
+        self.sample: Sample | Failure
+        try:
+            self.sample = _sample(record, self.candidate, root)
+        except UserError as error:
+            self.sample = Failure("input", str(error))
 
 
 def _sample(record: Record, candidate: Candidate, root: Path) -> Sample:
@@ -196,49 +242,110 @@ def _sample(record: Record, candidate: Candidate, root: Path) -> Sample:
     if candidate.text is not None:
         return Sample(prompt, text=plain_text(candidate.text), meta=record.meta)
     assert candidate.sample is not None  # a candidate has either
-    try:
-        return Sample(prompt, image=read_image(root, candidate.sample), meta=record.meta)
-    except UserError as error:
-        raise UserError(f"record {record.id!r}: {error}") from None
+    condition = candidate.condition or record.condition
+    given: dict[str, Any] = {"meta": record.meta}
+    if condition is not None:
+        given["condition"] = media_path(root, condition)
+    kind = media_kind(candidate.sample)
+    if kind == "image":
+        return Sample(prompt, image=read_image(root, candidate.sample), **given)
+    path = media_path(root, candidate.sample)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return Sample(prompt, **{kind: path}, **given)
 
 
-def _call(label: str, scorer: Scorer, samples: Sequence[Sample], names: Sequence[str]) -> list[Score]:
-    """One scorer on one batch, its answer checked; ``names`` say which candidates these are."""
+def _column(label: str, scorer: Scorer, items: Sequence[_Item], batch: int) -> list[Outcome | None]:
+    """The outcomes of one scorer for every item; None where the label is there already."""
+    column: list[Outcome | None] = [None] * len(items)
+    todo: dict[int, Sample] = {}
+    for n, item in enumerate(items):
+        if label in item.candidate.labels:
+            continue
+        if isinstance(item.sample, Failure):
+            column[n] = item.sample
+        else:
+            todo[n] = item.sample
+    for call in _calls(scorer, items, list(todo), batch):
+        outcomes = _call(label, scorer, [todo[n] for n in call], [items[n].name for n in call])
+        for n, outcome in zip(call, outcomes, strict=True):
+            column[n] = outcome
+    return column
+
+
+def _calls(scorer: Scorer, items: Sequence[_Item], todo: Sequence[int], batch: int) -> list[Sequence[int]]:
+    """Which items go together into a call."""
+    if not getattr(scorer, "together", False):
+        return [todo[start : start + batch] for start in range(0, len(todo), batch)]
+    by_record: dict[str, list[int]] = {}
+    for n in todo:
+        by_record.setdefault(items[n].record.id, []).append(n)
+    return list(by_record.values())
+
+
+def _call(label: str, scorer: Scorer, samples: Sequence[Sample], names: Sequence[str]) -> list[Outcome]:
+    """One scorer on one batch, its answer checked; ``names`` say which candidates these are.
+
+    A batch that fails as a whole is scored again item by item, so that one bad item costs no other its score.
+    """
     for sample, name in zip(samples, names, strict=True):
         if sample.kind not in scorer.accepts:
             accepts = " or ".join(sorted(scorer.accepts))
             raise UserError(f"scorer {label!r} reads {accepts}, but {name} is {sample.kind}")
     try:
-        scores = list(scorer(samples))
-    except UserError as error:
-        raise UserError(f"scorer {label!r}, {names[0]} to {names[-1]}: {error}") from None
-    if len(scores) != len(samples):
-        raise UserError(
-            f"scorer {label!r} returned {len(scores)} scores for {len(samples)} samples ({names[0]} to {names[-1]})"
-        )
-    return [_checked(label, score, name) for score, name in zip(scores, names, strict=True)]
+        outcomes = list(scorer(samples))
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # of torch; smaller calls would hide that `batch` is too large
+            raise
+        if len(samples) == 1 or getattr(scorer, "together", False):
+            kind = "input" if isinstance(error, UserError) else type(error).__name__
+            return [Failure(kind, str(error))] * len(samples)
+        return [_call(label, scorer, [s], [n])[0] for s, n in zip(samples, names, strict=True)]
+    if len(outcomes) != len(samples):
+        where = f"({names[0]} to {names[-1]})"
+        raise UserError(f"scorer {label!r} returned {len(outcomes)} scores for {len(samples)} samples {where}")
+    return [_checked(label, outcome, name) for outcome, name in zip(outcomes, names, strict=True)]
 
 
-def _checked(label: str, score: Score, name: str) -> Score:
-    """A score of plain finite floats."""
-    if not isinstance(score, Score):
-        raise UserError(f"scorer {label!r} returned {type(score).__name__} for {name}, expected a Score")
-    value = float(score.value)
-    units = None if score.units is None else tuple(float(unit) for unit in score.units)
+def _checked(label: str, outcome: Outcome, name: str) -> Outcome:
+    """A score of plain finite floats; what is not finite is a failure."""
+    if isinstance(outcome, Failure):
+        return outcome
+    if not isinstance(outcome, Score):
+        raise UserError(f"scorer {label!r} returned {type(outcome).__name__} for {name}, expected a Score or a Failure")
+    value = float(outcome.value)
+    units = None if outcome.units is None else tuple(float(unit) for unit in outcome.units)
     if not all(map(math.isfinite, (value, *(units or ())))) or units == ():
-        raise UserError(
-            f"scorer {label!r} returned value {value} and units {units} for {name}, expected finite numbers"
-        )
-    return Score(value, units, score.detail)
+        return Failure("not-finite", f"value {value}, units {units}")
+    return Score(value, units, outcome.detail)
 
 
-def _labelled(record: Record, scored: Sequence[Mapping[str, Score]]) -> Record:
-    """A copy with labels; scores of K candidates by label."""
+def _labelled(record: Record, columns: Mapping[str, Sequence[Outcome | None]]) -> Record:
+    """A copy with labels, or the reasons why there are none; outcomes of K candidates by label."""
     candidates = []
-    for candidate, scores in zip(record.candidates, scored, strict=True):
-        new = {label: s.value if s.units is None else list(s.units) for label, s in scores.items()}
-        candidates.append(candidate.model_copy(update={"labels": {**candidate.labels, **new}}))
-    details = {label: [dict(scores[label].detail) for scores in scored] for label in scored[0]}
-    details = {label: column for label, column in details.items() if any(column)}
-    meta = {**record.meta, "scores": {**record.meta.get("scores", {}), **details}} if details else record.meta
-    return record.model_copy(update={"candidates": candidates, "meta": meta})
+    for index, candidate in enumerate(record.candidates):
+        labels, errors = dict(candidate.labels), dict(candidate.errors)
+        for label, column in columns.items():
+            outcome = column[index]
+            if isinstance(outcome, Failure):
+                errors[label] = str(outcome)
+            elif outcome is not None:
+                labels[label] = outcome.value if outcome.units is None else list(outcome.units)
+                errors.pop(label, None)
+        candidates.append(candidate.model_copy(update={"labels": labels, "errors": errors}))
+    return record.model_copy(update={"candidates": candidates, "meta": _with_details(record.meta, columns)})
+
+
+def _with_details(meta: dict[str, Any], columns: Mapping[str, Sequence[Outcome | None]]) -> dict[str, Any]:
+    """``meta`` with what the scorers say beside their numbers."""
+    known = meta.get("scores", {})
+    details = {}
+    for label, column in columns.items():
+        before = known.get(label) or [{}] * len(column)
+        column_details = [
+            dict(outcome.detail) if isinstance(outcome, Score) else earlier
+            for outcome, earlier in zip(column, before, strict=True)
+        ]
+        if any(column_details):
+            details[label] = column_details
+    return {**meta, "scores": {**known, **details}} if details else meta

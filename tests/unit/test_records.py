@@ -324,16 +324,18 @@ class TestSummary:
     def test_counts(self):
         rows = [record("a", 1.0, 3.0, tag="colors"), record("b", 2.0, 2.0, tag="colors"), record("c", tag="position")]
         segments = Candidate(text="", labels={"vq": [1.0, 2.0]})
-        rows.append(Record(id="d", prompt="", candidates=[segments]))
+        failed = Candidate(text="", errors={"vq": "timeout: after 5 s"})
+        rows.append(Record(id="d", prompt="", candidates=[segments, failed]))
         assert records.summary(iter(rows)) == {
             "records": 4,
-            "candidates": {0: 1, 1: 1, 2: 2},
+            "candidates": {0: 1, 2: 3},
             "labels": {
                 "reward": {"count": 4, "mean": 2.0, "min": 1.0, "max": 3.0},
                 "vq": {"count": 1, "mean": 1.5, "min": 1.5, "max": 1.5},
             },
             "ties": 1,
             "tasks": {"colors": 2, "position": 1},
+            "failed": {"vq": 1},
         }
 
     def test_of_nothing(self):

@@ -1,86 +1,18 @@
-"""Loading scorers, scoring streams of records, and the resumable verb, with fake scorers and the shapes judge."""
+"""Loading scorers and scoring streams of records, with fake scorers and the shapes judge."""
 
-import json
 import math
-import sys
-from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
-from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign import records, score, scoring
-from diffalign.config import ScoreConfig
+from diffalign import records, scoring
 from diffalign.errors import UserError
 from diffalign.records import Candidate, Message, Record
-from diffalign.scoring import Sample, Score, load_scorer, score_records, scorer_names
+from diffalign.scoring import Failure, Sample, Score, load_scorer, score_records, scorer_names
 
-
-@dataclass
-class Length:
-    """Scores a text by its length and remembers what it was asked."""
-
-    scale: float = 1.0
-    fail_after: float = math.inf
-    accepts: frozenset[str] = frozenset({"text"})
-    batches: list[list[str]] = field(default_factory=list)
-
-    def __call__(self, samples):
-        if len(self.batches) >= self.fail_after:
-            raise RuntimeError("killed")
-        self.batches.append([s.text for s in samples])
-        return [Score(self.scale * len(s.text)) for s in samples]
-
-
-@dataclass
-class Returns:
-    """Returns the same answer whatever it is asked."""
-
-    answer: object
-    accepts: frozenset[str] = frozenset({"text"})
-
-    def __call__(self, samples):
-        return self.answer
-
-
-@dataclass
-class Brightness:
-    accepts: frozenset[str] = frozenset({"image"})
-
-    def __call__(self, samples):
-        return [Score(float(np.asarray(s.image).mean()), detail={"tag": s.meta["tag"]}) for s in samples]
-
-
-def texts(name: str, *contents: str, **meta) -> Record:
-    return Record(id=name, prompt=f"prompt {name}", candidates=[Candidate(text=c) for c in contents], meta=meta)
-
-
-def labels(rows, label="n") -> list[list[float]]:
-    return [[c.labels[label] for c in row.candidates] for row in rows]
-
-
-@pytest.fixture
-def outside(monkeypatch):
-    """A module outside the project with build functions; returns the scorers it built."""
-    module = ModuleType("other_scorers")
-    built = []
-
-    def length(scale: float = 1.0) -> Length:
-        built.append(Length(scale, module.fail_after))
-        return built[-1]
-
-    def needy(path: str, *, size: int = 3):
-        return Length()
-
-    module.fail_after = math.inf
-    module.built = built
-    module.length, module.needy = length, needy
-    module.anything = lambda **params: Length(**params)
-    module.broken = lambda: 3
-    monkeypatch.setitem(sys.modules, "other_scorers", module)
-    return module
+from .fake_scorers import Brightness, Length, OutOfMemoryError, Picky, Returns, Seen, Together, labels, texts
 
 
 class TestLoad:
@@ -136,7 +68,8 @@ class TestScoreRecords:
         out = list(score_records(iter(self.ROWS), tmp_path, {"n": scorer}, batch))
         assert [r.id for r in out] == ["a", "b", "c"]
         assert labels(out) == [[1, 2], [3], [4, 0, 6]]
-        assert [len(b) for b in scorer.batches] == [min(batch, 6 - i) for i in range(0, 6, batch)]
+        calls = {1: [1] * 6, 2: [2, 1, 2, 1], 3: [3, 3], 4: [3, 3], 6: [6], 100: [6]}
+        assert [len(b) for b in scorer.batches] == calls[batch], "whole records, unless one alone is larger"
 
     def test_inputs_stay_as_they_are(self, tmp_path):
         before = [r.model_dump() for r in self.ROWS]
@@ -152,8 +85,8 @@ class TestScoreRecords:
 
     def test_is_lazy(self, tmp_path):
         def endless():
-            yield self.ROWS[0]
-            raise AssertionError("read ahead of the batch")
+            yield from self.ROWS[:2]
+            raise AssertionError("read ahead of the next batch")
 
         assert next(score_records(endless(), tmp_path, {"n": Length()}, 2)).id == "a"
 
@@ -184,9 +117,6 @@ class TestScoreRecords:
         [
             ([], "'n' returned 0 scores for 1 samples .*record 'a'"),
             ([Score(1.0)] * 2, "returned 2 scores for 1"),
-            ([Score(math.nan)], "'n' returned value nan .*record 'a', candidate 0"),
-            ([Score(1.0, (1.0, math.inf))], r"units \(1.0, inf\)"),
-            ([Score(1.0, ())], r"units \(\)"),
             ([0.5], "returned float .*expected a Score"),
         ],
     )
@@ -194,120 +124,73 @@ class TestScoreRecords:
         with pytest.raises(UserError, match=message):
             list(score_records([texts("a", "t")], tmp_path, {"n": Returns(answer)}, 1))
 
-    def test_labels_are_never_overwritten(self, tmp_path):
-        row = Record(id="a", prompt="", candidates=[Candidate(text="t", labels={"n": 1.0})])
-        with pytest.raises(UserError, match=r"record 'a', candidate 0: label 'n' is already there"):
-            list(score_records([row], tmp_path, {"n": Length()}, 1))
+    @pytest.mark.parametrize(
+        ("answer", "reason"),
+        [
+            (Score(math.nan), "not-finite: value nan, units None"),
+            (Score(1.0, (1.0, math.inf)), "not-finite: value 1.0, units (1.0, inf)"),
+            (Score(1.0, ()), "not-finite: value 1.0, units ()"),
+            (Failure("timeout", "after\n5 s"), "timeout: after 5 s"),
+        ],
+    )
+    def test_failures_are_reasons_and_no_labels(self, tmp_path, answer, reason):
+        (out,) = score_records([texts("a", "t")], tmp_path, {"n": Returns([answer]), "m": Length()}, 1)
+        assert out.candidates[0].labels == {"m": 1.0}
+        assert out.candidates[0].errors == {"n": reason}
+        records.write(tmp_path / "out.jsonl", [out])
+        assert list(records.read(tmp_path / "out.jsonl")) == [out]
+
+    def test_one_bad_item_costs_no_other_its_score(self, tmp_path):
+        (out,) = score_records([texts("a", "1", "bad", "333")], tmp_path, {"n": Picky()}, 8)
+        assert [c.labels for c in out.candidates] == [{"n": 1.0}, {}, {"n": 3.0}]
+        assert [c.errors for c in out.candidates] == [{}, {"n": "KeyError: 'bad'"}, {}]
+        assert out.meta["scores"]["n"] == [{"seen": "1"}, {}, {"seen": "333"}]
+
+    def test_out_of_memory_is_no_property_of_an_item(self, tmp_path):
+        with pytest.raises(OutOfMemoryError):
+            list(score_records([texts("a", "1", "2")], tmp_path, {"n": Picky(OutOfMemoryError())}, 8))
+
+    def test_a_scorer_that_compares_sees_whole_records(self, tmp_path):
+        scorer = Together()
+        out = list(score_records(self.ROWS, tmp_path, {"n": scorer}, 2))
+        assert scorer.batches == [["1", "22"], ["333"], ["4444", "", "666666"]]
+        assert labels(out) == [[0, 1], [0], [1, 0, 2]]
+
+    def test_what_is_there_is_kept_and_what_failed_is_scored_again(self, tmp_path):
+        kept = Candidate(text="t", labels={"n": 7.0})
+        failed = Candidate(text="tt", errors={"n": "timeout: after 5 s", "m": "input: x"})
+        row = Record(id="a", prompt="", candidates=[kept, failed], meta={"scores": {"n": [{"by": "hand"}, {}]}})
+        (out,) = score_records([row], tmp_path, {"n": Length()}, 1)
+        assert [c.labels for c in out.candidates] == [{"n": 7.0}, {"n": 2.0}]
+        assert [c.errors for c in out.candidates] == [{}, {"m": "input: x"}]
+        assert out.meta["scores"]["n"] == [{"by": "hand"}, {}]
+
+    def test_files_that_cannot_be_read_fail_alone(self, tmp_path):
+        records.save_image(tmp_path / "a.png", np.full((4, 4, 3), 9, np.uint8))
+        row = Record(id="i", prompt="", candidates=[Candidate(sample="x.png"), Candidate(sample="a.png")])
+        (out,) = score_records([row], tmp_path, {"b": Brightness()}, 1)
+        assert out.candidates[0].errors["b"].startswith("input: ")
+        assert out.candidates[0].errors["b"].endswith("x.png: no such image")
+        assert out.candidates[1].labels == {"b": 9.0}
+
+    def test_clips_meshes_and_conditions_are_files(self, tmp_path):
+        for name in ("a.mp4", "b.ply", "c.png"):
+            (tmp_path / name).write_bytes(b"content")
+        clips = Record(id="v", prompt="p", candidates=[Candidate(sample="a.mp4", condition="c.png")])
+        meshes = Record(id="m", prompt="p", condition="c.png", candidates=[Candidate(sample="b.ply")])
+        seen = Seen()
+        list(score_records([clips, meshes], tmp_path, {"s": seen}, 8))
+        clip, mesh = seen.samples
+        assert (clip.kind, clip.video, clip.condition) == ("video", tmp_path / "a.mp4", tmp_path / "c.png")
+        assert (mesh.kind, mesh.mesh, mesh.condition) == ("mesh", tmp_path / "b.ply", tmp_path / "c.png")
 
     def test_refusals(self, tmp_path):
-        image = Record(id="i", prompt="", candidates=[Candidate(sample="media/x.png")])
-        with pytest.raises(UserError, match=r"record 'i': .*x\.png: no such image"):
-            list(score_records([image], tmp_path, {"b": Brightness()}, 1))
         with pytest.raises(UserError, match="'b' reads image, but record 'a', candidate 0 is text"):
             list(score_records([texts("a", "t")], tmp_path, {"b": Brightness()}, 1))
         with pytest.raises(UserError, match="record 'e' has no candidates"):
             list(score_records([texts("e")], tmp_path, {"n": Length()}, 1))
         with pytest.raises(UserError, match=r"meta\.scores"):
             list(score_records([texts("a", "t", scores=3)], tmp_path, {"n": Length()}, 1))
-
-
-class TestVerb:
-    @pytest.fixture
-    def config(self, tmp_path, outside):
-        records.write(tmp_path / "in.jsonl", [texts(f"r{i}", "x" * i, "y" * (i % 3)) for i in range(11)])
-
-        def make(out="out.jsonl", **changes) -> ScoreConfig:
-            content = {"scorers": [{"name": "other_scorers:length", "label": "n"}], "batch": 5, **changes}
-            return ScoreConfig(records=str(tmp_path / "in.jsonl"), out=str(tmp_path / out), **content)
-
-        return make
-
-    def test_scores_and_summarises(self, config, tmp_path, capsys):
-        assert score.run(config()) == tmp_path / "out.jsonl"
-        assert labels(records.read(tmp_path / "out.jsonl")) == [[i, i % 3] for i in range(11)]
-        assert "n: mean 2.9545, min 0.0000, max 10.0000" in capsys.readouterr().out
-
-    @pytest.mark.parametrize("fail_after", [0, 1, 2, 5])
-    def test_killed_and_resumed_gives_the_same_file(self, config, outside, tmp_path, fail_after):
-        score.run(config("whole.jsonl"))
-        outside.fail_after = fail_after
-        with pytest.raises(RuntimeError, match="killed"):
-            score.run(config())
-        survived = (tmp_path / "out.jsonl").read_bytes()
-        whole = (tmp_path / "whole.jsonl").read_bytes()
-        assert whole.startswith(survived)
-        (tmp_path / "out.jsonl").write_bytes(whole[: len(survived) + 5])  # and a torn line
-        outside.fail_after = math.inf
-        score.run(config())
-        assert (tmp_path / "out.jsonl").read_bytes() == whole
-        rescored = sum(map(len, outside.built[-1].batches))
-        assert rescored == 22 - 2 * survived.count(b"\n"), "records already there are not scored again"
-        assert bool(survived) == (fail_after >= 1)
-
-    def test_resumed_stage_scores_the_same_batches(self, config, outside, tmp_path):
-        score.run(config())
-        whole = outside.built[-1].batches
-        lines = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
-        (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:5]))
-        score.run(config())
-        assert outside.built[-1].batches == whole[2:], "the fifth record is in the batch of the sixth"
-        assert (tmp_path / "out.jsonl").read_bytes() == b"".join(lines)
-
-    def test_finished_output_needs_no_scorer(self, config, outside):
-        score.run(config())
-        score.run(config())
-        assert len(outside.built) == 1
-
-    def test_changed_scorers_are_refused(self, config):
-        score.run(config())
-        with pytest.raises(UserError, match=r"out\.jsonl: was made with different scorers"):
-            score.run(config(scorers=[{"name": "other_scorers:length", "label": "n", "params": {"scale": 2.0}}]))
-
-    def test_changed_input_is_refused(self, config, tmp_path):
-        score.run(config())
-        records.write(tmp_path / "in.jsonl", [texts("r0", "x"), texts("new", "x")])
-        with pytest.raises(UserError, match="made with different records"):
-            score.run(config())
-
-    def test_output_of_unknown_origin_is_refused(self, config, tmp_path):
-        score.run(config())
-        (tmp_path / "out.jsonl.meta.json").unlink()
-        with pytest.raises(UserError, match=r"exists without its out\.jsonl\.meta\.json"):
-            score.run(config())
-
-    def test_strangers_in_the_output_are_refused(self, config, tmp_path):
-        score.run(config())
-        with records.Appender(tmp_path / "out.jsonl") as out:
-            out.append([texts("stranger", "x")])
-        with pytest.raises(UserError, match="'stranger' is not in"):
-            score.run(config())
-
-    def test_dry_run_writes_nothing(self, config, outside, tmp_path, capsys):
-        score.run(config(), dry_run=True)
-        assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
-        assert "would score 11 records" in capsys.readouterr().out
-        assert sum(map(len, outside.built[-1].batches)) <= 5, "one batch"
-
-    def test_bad_input_fails_before_any_scorer_is_built(self, config, outside, tmp_path):
-        with (tmp_path / "in.jsonl").open("a") as handle:
-            handle.write('{"id": "last", "prompt": ""}\n')
-        with pytest.raises(UserError, match="'last' has no candidates"):
-            score.run(config())
-        assert not outside.built
-
-    def test_two_scorers_of_one_label(self, config):
-        with pytest.raises(UserError, match="two scorers write the label 'n'"):
-            score.run(config(scorers=[{"name": "other_scorers:length", "label": "n"}] * 2))
-
-    def test_output_elsewhere(self, config):
-        with pytest.raises(UserError, match="media paths are relative"):
-            score.run(config("elsewhere/out.jsonl"))
-
-    def test_sidecar_names_input_and_scorers(self, config, tmp_path):
-        score.run(config())
-        content = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
-        assert content["records"]["file"] == "in.jsonl"
-        assert content["scorers"] == {"n": {"name": "other_scorers:length", "params": {}}}
 
 
 RED_CIRCLE = {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]}
@@ -357,8 +240,11 @@ class TestShapes:
         with pytest.raises(UserError, match="reads 32x32 images, got 64x32"):
             load_scorer("shapes")([Sample("p", Image.new("RGB", (64, 32)), meta=RED_CIRCLE)])
 
-    def test_errors_name_records(self, tmp_path):
+    def test_an_image_it_cannot_read_fails_alone(self, tmp_path, images):
         records.save_image(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
-        row = Record(id="r7", prompt="p", candidates=[Candidate(sample="a.png")], meta=RED_CIRCLE)
-        with pytest.raises(UserError, match=r"scorer 'judge', record 'r7', candidate 0 .*32x32"):
-            list(score_records([row], tmp_path, {"judge": load_scorer("shapes")}, 4))
+        images[0].save(tmp_path / "b.png")
+        pair = [Candidate(sample="a.png"), Candidate(sample="b.png")]
+        row = Record(id="r7", prompt="p", candidates=pair, meta=RED_CIRCLE)
+        (out,) = score_records([row], tmp_path, {"judge": load_scorer("shapes", metric="correct")}, 4)
+        assert "reads 32x32 images, got 8x8" in out.candidates[0].errors["judge"]
+        assert out.candidates[1].labels == {"judge": 1.0}
