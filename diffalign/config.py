@@ -84,6 +84,23 @@ class PromptsConfig(Strict):
     limit: int | None = Field(default=None, gt=0, description="at most this many prompts")
 
 
+class SourceConfig(Strict):
+    """One of several makers of candidates: what it does not say is as at the top."""
+
+    model: ModelConfig | None = None
+    candidates: int | None = Field(default=None, gt=0)
+    sampling: SamplingConfig | None = Field(default=None, description="keys to change")
+    decoding: DecodingConfig | None = Field(default=None, description="keys to change")
+    seed: int | None = Field(default=None, description="with the seed of another source, both start from one noise")
+
+
+class ExtractorConfig(Strict):
+    """What reads a condition off a picture."""
+
+    name: str = Field(description="canny, depth ..., see `diffalign list extractors`")
+    params: dict[str, Json] = Field(default_factory=dict)
+
+
 class GenerateConfig(Strict):
     """`diffalign generate`: prompts x seeds -> records; images follow ``sampling``, texts ``decoding``."""
 
@@ -93,6 +110,18 @@ class GenerateConfig(Strict):
     sampling: SamplingConfig = SamplingConfig()
     decoding: DecodingConfig = DecodingConfig()
     seed: int = 0
+    sources: dict[str, SourceConfig] = Field(
+        default_factory=dict, description="name -> model, sampler, guidance ... that makes candidates of every prompt"
+    )
+    strength: tuple[float, float] | None = Field(
+        default=None,
+        description="start from each record's `source`, noised to one level drawn from this range (DenseDPO's pairs)",
+    )
+    extract: ExtractorConfig | None = Field(
+        default=None, description="read the condition that each sample shows (pairs of conditions, see `build`)"
+    )
+    engine: Literal["local", "ray"] = Field(default="local", description="ray: workers on this machine or a cluster")
+    workers: int = Field(default=1, gt=0, description="ray: how many hold the model")
     out: str = Field(description="folder for records.jsonl and media/")
 
 
@@ -115,6 +144,8 @@ class ScoreConfig(Strict):
         default=0.05, ge=0, le=1, description="stop when a scorer fails on more than this share of the candidates"
     )
     retry: bool = Field(default=False, description="the input was scored before: score what failed, keep the rest")
+    engine: Literal["local", "ray"] = Field(default="local", description="ray: workers on this machine or a cluster")
+    workers: int = Field(default=1, gt=0, description="ray: how many hold the scorers")
 
 
 class BuildConfig(Strict):

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from diffalign import config as cfg
+from diffalign import generate, score
 from diffalign import records as store
-from diffalign import score
 from diffalign.errors import UserError
 from diffalign.files import write_json
-from diffalign.generate import claim_samples, generate_with, read_prompts, sampling_config
-from diffalign.records import Record
+from diffalign.generate import sampling_config
+from diffalign.prompts import read_prompts
 from diffalign.results import Measured, Results, table
 
 RESAMPLES = 10_000
@@ -111,10 +111,10 @@ def _print(results: Results) -> None:
     Console().print(out)
 
 
-def _judge(config: cfg.EvalConfig, model: cfg.ModelConfig, prompts: list[Record], out: Path) -> Outcomes:
+def _judge(config: cfg.EvalConfig, model: cfg.ModelConfig, out: Path) -> Outcomes:
     """Generate and score one model's samples below ``out``; both stages resume."""
-    claim_samples(out, model, prompts, config.model_dump(mode="json", exclude={"model", "against", "out", "note"}))
-    made = generate_with(config, model, prompts, out, title=f"sample {out.name}")
+    shared = {name: getattr(config, name) for name in ("prompts", "candidates", "sampling", "decoding", "seed")}
+    made = generate.run(cfg.GenerateConfig(model=model, out=str(out), **shared), title=f"sample {out.name}")
     scored = score.run(cfg.ScoreConfig(records=str(made), out=str(out / SCORED), scorers=[config.judge]))
     return outcomes(scored, config.judge.label or config.judge.name)
 
@@ -128,8 +128,8 @@ def run(config: cfg.EvalConfig, dry_run: bool = False) -> Path:
         models = 1 if config.against is None else 2
         print(f"would judge {models} model(s) on {len(prompts)} prompts x {config.candidates} samples into {out}")
         return out / "results.json"
-    policy = _judge(config, config.model, prompts, out / "policy")
-    against = _judge(config, config.against, prompts, out / "against") if config.against else None
+    policy = _judge(config, config.model, out / "policy")
+    against = _judge(config, config.against, out / "against") if config.against else None
     rows = compare(policy, against)
     overall = rows.pop("overall")
     results = Results(

@@ -1,33 +1,34 @@
-"""`diffalign generate`: prompts x seeds -> records.jsonl + media/. Resumable; a sample depends on its seed alone."""
+"""`diffalign generate`: prompts x models x seeds -> records.jsonl + media/. Resumable; seeds decide samples."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffalign import config as cfg
-from diffalign import media
+from diffalign import media, models
 from diffalign import records as store
+from diffalign.engines import stream
 from diffalign.errors import UserError
-from diffalign.families.base import LatentFamily, family_class, load_family
+from diffalign.families.base import LatentFamily, family_class
 from diffalign.files import claim, replacing
-from diffalign.foreign import tensor_digest
-from diffalign.networks import Loading, switch_attention
+from diffalign.prompts import bring_files, read_prompts
 from diffalign.records import Candidate, Record, plain
 from diffalign.samplers import find_sampler, guided
 from diffalign.types import Decoding, Request, Sampling
-from diffalign.worlds import load_prompts
 
 RECORDS = "records.jsonl"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def sampling_config(
@@ -53,253 +54,293 @@ def make_sampling(config: cfg.SamplingConfig | cfg.DecodingConfig) -> Sampling |
     return Sampling(config.sampler, config.steps, config.guidance, config.size)
 
 
-def read_prompts(config: cfg.PromptsConfig, seed: int) -> list[Record]:
-    """Records without candidates: from a world (`shapes:train`), a text file or a records file.
-
-    ``per_task`` draws that many of every task in a seeded order, cycling through short tasks; ids stay unique.
-    """
-    found = _prompt_source(config.source)
-    if config.per_task is not None:
-        found = list(_per_task(found, config.per_task, seed))
-    found = found[: config.limit]
-    if not found:
-        raise UserError(f"prompts.source: {config.source} holds no prompts")
-    return [r.model_copy(update={"id": f"{i:06d}"}) for i, r in enumerate(found)]
-
-
-def _prompt_source(source: str) -> list[Record]:
-    world, colon, split = source.partition(":")
-    if colon and not Path(source).exists():
-        return [Record(id=m["prompt"], prompt=m["prompt"], meta=m) for m in load_prompts(world, split)]
-    path = Path(source)
-    if path.suffix == ".jsonl":
-        return [r.model_copy(update={"candidates": []}) for r in store.read(path)]
-    if not path.is_file():
-        raise UserError(f"prompts.source: no file {source} (and no world of that name)")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts.source: {path} is not UTF-8 text: {error}") from None
-    return [Record(id=str(i), prompt=line) for i, line in enumerate(lines) if line]
-
-
-def _per_task(found: Sequence[Record], n: int, seed: int) -> Iterator[Record]:
-    tasks = list(dict.fromkeys(str(r.meta.get("tag", "")) for r in found))
-    for index, task in enumerate(tasks):
-        pool = [r for r in found if str(r.meta.get("tag", "")) == task]
-        rng = np.random.default_rng([seed, index])
-        rounds = [rng.permutation(len(pool)) for _ in range(-(-n // len(pool)))]
-        for position in np.concatenate(rounds)[:n]:
-            yield pool[int(position)]
-
-
 def candidate_seed(seed: int, record: str, k: int) -> int:
     """A stable 63-bit seed for candidate ``k`` of a record."""
-    digest = hashlib.sha256(f"{seed}|{record}|{k}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return _hashed(f"{seed}|{record}|{k}") >> 1
+
+
+def start_strength(seed: int, record: str, low: float, high: float) -> float:
+    """How far a record's source is noised: one level for all its candidates, since another one teaches a shortcut."""
+    return low + (high - low) * _hashed(f"strength|{seed}|{record}") / 2**64
+
+
+def _hashed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+# --- samples ------------------------------------------------------------------------------------------------------
 
 
 def sample_media(family: LatentFamily, requests: Sequence[Request], sampling: Sampling) -> Tensor:
     """Decoded samples, one per request, as :mod:`diffalign.media` writes them.
 
-    The noise of each comes from its own seed, whatever the batch.
+    The noise of each comes from its own seed, whatever the batch. Requests that start at another level of the grid
+    are sampled apart.
     """
+    grid = family.schedule_for(sampling.size).grid(sampling.steps)
+    levels = [start_level(grid, request.strength) for request in requests]
+    made: dict[int, Tensor] = {}
+    for level in sorted(set(levels)):
+        rows = [row for row, own in enumerate(levels) if own == level]
+        samples = _sample_from(family, [requests[row] for row in rows], sampling, grid[level:])
+        made.update(zip(rows, samples, strict=True))
+    return torch.stack([made[row] for row in range(len(requests))])
+
+
+def start_level(grid: Tensor, strength: float) -> int:
+    """Index of the first time of a decreasing grid that is not above ``strength``; the last step is always taken."""
+    return min(int((grid > strength + 1e-6).sum()), len(grid) - 2)
+
+
+def _sample_from(family: LatentFamily, requests: Sequence[Request], sampling: Sampling, grid: Tensor) -> Tensor:
     schedule = family.schedule_for(sampling.size)
     sampler = find_sampler(sampling.sampler, schedule)
     shape = family.latent_shape(sampling.size)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(r.seed)) for r in requests])
+    noise, grid = noise.to(family.device), grid.to(family.device)
     cond = family.condition(requests, sampling.size)
     predict = guided(family, family.net, cond, family.unconditional(cond), sampling.guidance, family.guidance_interval)
+    given = [request.start for request in requests if request.start is not None]
     with family.autocast():
-        latents = sampler(predict, noise.to(family.device), schedule.grid(sampling.steps).to(family.device))
+        if given:
+            with torch.no_grad():
+                clean = family.latents(*family.encode_media(torch.stack(given).to(family.device)))
+            noise = schedule.add_noise(clean, noise, grid[0].expand(len(noise)))
+        latents = sampler(predict, noise, grid)
     return family.decode(latents)
 
 
-def generate(
-    family: Any,
-    prompts: Sequence[Record],
-    out: Path,
-    *,
-    candidates: int,
-    sampling: Sampling | Decoding,
-    batch: int,
-    seed: int,
-    model: str,
-    title: str = "generate",
-) -> Path:
-    """Sample ``candidates`` images or texts for every prompt into ``out``; what is there is kept, not redone.
+@dataclass(frozen=True)
+class Maker:
+    """Makes the candidates of prompts with one model: a call takes records without candidates and returns them with.
 
-    An image file appears whole or not at all, and a record is written once all its samples are there, so a stage that
-    was killed loses at most one batch.
-
-    Args:
-        prompts: records without candidates.
-        batch: samples per forward.
-        model: what to note as the origin.
-
-    Returns:
-        The records file.
+    An image file appears whole or not at all, and what is there is kept, not redone.
     """
-    path = out / RECORDS
-    sample: Callable[..., list[Candidate]] = _texts if isinstance(sampling, Decoding) else _media
-    with store.Appender(path) as appender, _progress() as progress:
-        task = progress.add_task(title, total=len(prompts) * candidates)
-        for group in _groups(prompts, max(1, batch // candidates)):
-            wanted = [(r, k, candidate_seed(seed, r.id, k)) for r in group for k in range(candidates)]
-            if any(r.id not in appender.done for r in group):
-                chunks = (wanted[start : start + batch] for start in range(0, len(wanted), batch))
-                made = [text for chunk in chunks for text in sample(family, chunk, out, sampling)]
-                rows = zip(group, _groups(list(zip(wanted, made, strict=True)), candidates), strict=True)
-                appender.append(_record(r, row, sampling, model) for r, row in rows if r.id not in appender.done)
-            progress.advance(task, len(wanted))
-    return path
+
+    family: Any
+    out: Path
+    """Folder of the records; media go to ``media/`` in it."""
+    candidates: int
+    sampling: Sampling | Decoding
+    batch: int
+    """Samples per forward."""
+    seed: int
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """What to note about the model."""
+    name: str = ""
+    """Of the model among several."""
+    strength: tuple[float, float] | None = None
+    """Range of levels that a record's source is noised to; None starts from noise alone."""
+    extract: Callable[[Sequence[Image.Image]], list[Image.Image]] | None = None
+    """Reads the condition that a sample shows."""
+
+    def __call__(self, group: Sequence[Record]) -> list[Record]:
+        wanted = [Wanted(r, k, candidate_seed(self.seed, r.id, k)) for r in group for k in range(self.candidates)]
+        make = self._texts if isinstance(self.sampling, Decoding) else self._media
+        made = [candidate for chunk in chunks(wanted, self.batch) for candidate in make(chunk)]
+        rows = zip(group, chunks(made, self.candidates), strict=True)
+        return [record.model_copy(update={"candidates": list(row)}) for record, row in rows]
+
+    def _texts(self, chunk: Sequence[Wanted]) -> list[Candidate]:
+        """One batch of completions; they live in the records, not in files."""
+        requests = [Request(plain(want.record.prompt), want.seed) for want in chunk]
+        texts = self.family.generate(self.family.net, requests, self.sampling)
+        return [Candidate(text=text, origin=self._origin(want)) for want, text in zip(chunk, texts, strict=True)]
+
+    def _media(self, chunk: Sequence[Wanted]) -> list[Candidate]:
+        """One batch of samples; those whose files are not there yet are written."""
+        names = [f"media/{want.record.id}-{self.name and f'{self.name}-'}{want.k}" for want in chunk]
+        suffix = media.SUFFIX[self.family.modality]
+        if not all((self.out / f"{name}{suffix}").is_file() for name in names):
+            samples = sample_media(self.family, self._requests(chunk), self.sampling)  # type: ignore[arg-type]
+            for want, name, sample in zip(chunk, names, samples, strict=True):
+                _check_finite(want.record, sample)
+                if not (self.out / f"{name}{suffix}").is_file():
+                    media.write(self.family.modality, self.out / f"{name}{suffix}", sample)
+        shown = self._extracted(names, suffix) if self.extract else [{}] * len(names)
+        return [
+            Candidate(sample=f"{name}{suffix}", origin={**self._origin(want), **more})
+            for want, name, more in zip(chunk, names, shown, strict=True)
+        ]
+
+    def _requests(self, chunk: Sequence[Wanted]) -> list[Request]:
+        starts = {want.record.id: self._start(want.record) for want in chunk} if self.strength else {}
+        return [
+            Request(
+                str(want.record.prompt),
+                want.seed,
+                None if want.record.condition is None else self._condition(want.record.condition),
+                starts.get(want.record.id),
+                self._strength(want.record),
+            )
+            for want in chunk
+        ]
+
+    def _condition(self, name: str) -> Image.Image:
+        return store.read_image(self.out, name, keep_alpha=True)
+
+    def _start(self, record: Record) -> Tensor:
+        if record.source is None:
+            raise UserError(f"record {record.id!r}: `strength` starts from a record's `source`, and it has none")
+        size = self.family.sample_size(self.sampling.size)  # type: ignore[union-attr]
+        return media.read(self.family.modality, self.out, record.source, size, (0.5, 0.5))
+
+    def _strength(self, record: Record) -> float:
+        return start_strength(self.seed, record.id, *self.strength) if self.strength else 1.0
+
+    def _extracted(self, names: Sequence[str], suffix: str) -> list[dict[str, str]]:
+        """The conditions that samples show, as files beside them."""
+        assert self.extract is not None
+        shown = [f"{name}-condition.png" for name in names]
+        pictures = self.extract([store.read_image(self.out, f"{name}{suffix}") for name in names])
+        for name, picture in zip(shown, pictures, strict=True):
+            with replacing(self.out / name, durable=False) as handle:
+                picture.save(handle, format="PNG")
+        return [{"condition": name} for name in shown]
+
+    def _origin(self, want: Wanted) -> dict[str, Any]:
+        settings = asdict(self.sampling)
+        settings.pop("size", None)
+        more = {"strength": self._strength(want.record)} if self.strength else {}
+        return {**self.origin, **settings, **more, "seed": want.seed}
 
 
-def _groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """The same groups whatever was done before: the last bits of a sample depend on the batch it is sampled in."""
+class Wanted(NamedTuple):
+    """A candidate to make."""
+
+    record: Record
+    k: int
+    seed: int
+
+
+def _check_finite(record: Record, sample: Tensor) -> None:
+    if not sample.isfinite().all():
+        raise UserError(f"record {record.id!r}: the model samples {sample.mean().item()}; check model and adapter")
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """The same chunks whatever was done before: the last bits of a sample depend on the batch it is sampled in."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-Wanted = tuple[Record, int, int]
-"""Record, number of the candidate, seed."""
+# --- the verb -----------------------------------------------------------------------------------------------------
 
 
-def _media(family: LatentFamily, chunk: Sequence[Wanted], out: Path, sampling: Sampling) -> list[Candidate]:
-    """Sample one batch and write the files that are not there yet."""
-    names = [f"media/{record.id}-{k}{media.SUFFIX[family.modality]}" for record, k, _ in chunk]
-    missing = {name for name in names if not (out / name).is_file()}
-    if missing:
-        made = sample_media(family, [_request(record, seed, out) for record, _, seed in chunk], sampling)
-        for (record, _, _), name, sample in zip(chunk, names, made, strict=True):
-            if not sample.isfinite().all():
-                raise UserError(
-                    f"record {record.id!r}: the model samples {sample.mean().item()}; check model and adapter"
-                )
-            if name in missing:
-                media.write(family.modality, out / name, sample)
-    return [Candidate(sample=name) for name in names]
+def run(config: cfg.GenerateConfig, dry_run: bool = False, title: str = "generate") -> Path:
+    """Sample what is not there yet; returns the records file.
+
+    Several sources are sampled one after the other, each into ``records-<name>.jsonl``, and put together at the end.
+    """
+    parts = expand(config)
+    for part in parts.values():
+        _check(part)
+    prompts = read_prompts(config.prompts, config.seed)
+    out, path = Path(config.out), Path(config.out, RECORDS)
+    _claim(path, config, parts, prompts, write=not dry_run)
+    each = sum(part.candidates for part in parts.values())
+    if dry_run:
+        print(f"would sample {len(prompts)} prompts x {each} candidates into {out}")
+        return path
+    prompts = [bring_files(record, Path(config.prompts.source).parent, out) for record in prompts]
+    for name, part in parts.items():
+        _fill(out / records_name(name), part, name, prompts, f"{title} {name}".strip())
+    if config.sources:
+        store.write(path, _merged(out, parts))
+    print(f"{len(prompts)} prompts x {each} candidates in {path}")
+    return path
 
 
-def _request(record: Record, seed: int, out: Path) -> Request:
-    condition = None if record.condition is None else store.read_image(out, record.condition, keep_alpha=True)
-    return Request(str(record.prompt), seed, condition)
+def records_name(source: str) -> str:
+    """The file that one of several sources writes."""
+    return f"records-{source}.jsonl" if source else RECORDS
 
 
-def _texts(family: Any, chunk: Sequence[Wanted], out: Path, decoding: Decoding) -> list[Candidate]:
-    """Sample one batch of completions; they live in the records, not in files."""
-    requests = [Request(plain(record.prompt), seed) for record, _, seed in chunk]
-    return [Candidate(text=text) for text in family.generate(family.net, requests, decoding)]
+def expand(config: cfg.GenerateConfig) -> dict[str, cfg.GenerateConfig]:
+    """Every source with its own complete config; a config without sources is its own only one, named ``""``.
+
+    Raises:
+        UserError: a name that cannot be part of a file name.
+    """
+    if not config.sources:
+        return {"": config}
+    found = {}
+    for name, source in config.sources.items():
+        if not NAME.fullmatch(name):
+            raise UserError(f"sources: {name!r} becomes part of file names; use letters, digits, '_', '-' and '.'")
+        update: dict[str, Any] = {"sources": {}}
+        for key in source.model_fields_set:
+            value = getattr(source, key)
+            if isinstance(value, cfg.SamplingConfig | cfg.DecodingConfig):
+                value = getattr(config, key).model_copy(update={k: getattr(value, k) for k in value.model_fields_set})
+            if value is not None:
+                update[key] = value
+        found[name] = config.model_copy(update=update)
+    return found
 
 
-def _record(
-    prompt: Record, row: Sequence[tuple[Wanted, Candidate]], sampling: Sampling | Decoding, model: str
-) -> Record:
-    settings = asdict(sampling)
-    settings.pop("size", None)
-    origin = {"model": model, **settings}
-    made = [c.model_copy(update={"origin": {**origin, "seed": seed}}) for (_, _, seed), c in row]
-    return prompt.model_copy(update={"candidates": made})
+def _check(config: cfg.GenerateConfig) -> None:
+    """Refuse what the family cannot do before anything is loaded."""
+    settings = sampling_config(config, config.model.family)
+    for key in ("strength", "extract"):
+        if getattr(config, key) is not None and isinstance(settings, cfg.DecodingConfig):
+            raise UserError(f"{key}: is for pictures and clips; {config.model.family} writes text")
+    if config.strength is not None and not 0 < config.strength[0] <= config.strength[1] <= 1:
+        raise UserError(f"strength: {list(config.strength)} must be two rising numbers above 0 and up to 1")
+
+
+def _claim(
+    path: Path,
+    config: cfg.GenerateConfig,
+    parts: Mapping[str, cfg.GenerateConfig],
+    prompts: Sequence[Record],
+    *,
+    write: bool,
+) -> None:
+    """Tie the folder to everything that decides the samples; see :func:`diffalign.files.claim`."""
+    settings = config.model_dump(mode="json", exclude={"out", "engine", "workers"})
+    identity = {name: models.model_identity(part.model) for name, part in parts.items()}
+    claim(path, {**settings, "model": identity, "count": len(prompts)}, path.parent / "media", write=write)
+
+
+def load_maker(config: cfg.GenerateConfig, name: str = "") -> Maker:
+    """The maker of one source, its model loaded."""
+    settings = sampling_config(config, config.model.family)
+    extract = None
+    if config.extract is not None:
+        from diffalign.extractors import load_extractor
+
+        extract = load_extractor(config.extract.name, **config.extract.params)
+    return Maker(
+        models.load_model(config.model),
+        Path(config.out),
+        config.candidates,
+        make_sampling(settings),
+        settings.batch,
+        config.seed,
+        {**({"source": name} if name else {}), **models.origin(config.model)},
+        name,
+        config.strength,
+        extract,
+    )
+
+
+def _fill(path: Path, config: cfg.GenerateConfig, name: str, prompts: Sequence[Record], title: str) -> None:
+    """Bring the records file of one source to its full length."""
+    per_call = max(1, sampling_config(config, config.model.family).batch // config.candidates)
+    with store.Appender(path) as appender, _progress() as progress:
+        groups = [g for g in chunks(prompts, per_call) if any(r.id not in appender.done for r in g)]
+        done = len(prompts) - sum(map(len, groups))
+        task = progress.add_task(title, total=len(prompts) * config.candidates, completed=done * config.candidates)
+        for made in stream(partial(load_maker, config, name), groups, config.engine, config.workers):
+            appender.append(record for record in made if record.id not in appender.done)
+            progress.advance(task, len(made) * config.candidates)
+
+
+def _merged(out: Path, names: Iterable[str]) -> Iterator[Record]:
+    """The candidates of every source in one record, in the order of the sources."""
+    for rows in zip(*(store.read(out / records_name(name)) for name in names), strict=True):
+        yield rows[0].model_copy(update={"candidates": [c for row in rows for c in row.candidates]})
 
 
 def _progress() -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-
-
-def open_model(model: cfg.ModelConfig) -> Any:
-    """A model as its config says it is held and run, with its adapter."""
-    loading = Loading(model.dtype, model.quant, model.parts)
-    family = load_family(model.family, model.path, model.device, model.adapter, loading)
-    if model.attention is not None:
-        for net in family.networks:
-            switch_attention(net, model.attention)
-    return family
-
-
-def load_model(model: cfg.ModelConfig) -> Any:
-    """The model to sample from."""
-    if model.lora is not None:
-        raise UserError(
-            "model.lora: is for `diffalign train`; to sample from a trained LoRA give its folder as model.adapter"
-        )
-    return open_model(model)
-
-
-def model_identity(model: cfg.ModelConfig) -> dict[str, Any]:
-    """What decides the samples of a model: its config, and the content of an adapter that training may replace."""
-    weights = Path(model.adapter or "", family_class(model.family).lora_file)
-    digest = _content_digest(weights) if model.adapter and weights.is_file() else None
-    settings = model.model_dump(mode="json", exclude={"compile", "checkpointing"})
-    return {**settings, "adapter_sha256": digest}
-
-
-def _content_digest(path: Path) -> str:
-    """Of the tensors and metadata of a safetensors file; its bytes differ from one writing to the next."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = repr(sorted((file.metadata() or {}).items()))
-            return tensor_digest(((name, file.get_tensor(name)) for name in sorted(file.keys())), metadata)
-    except SafetensorError as error:
-        raise UserError(f"model.adapter: {path} is not a readable safetensors file: {error}") from None
-
-
-def model_name(model: cfg.ModelConfig) -> str:
-    """What the origin of a sample says about its model."""
-    return model.path if model.adapter is None else f"{model.path}+{model.adapter}"
-
-
-def claim_samples(
-    out: Path, model: cfg.ModelConfig, prompts: Sequence[Record], settings: Mapping[str, Any], *, write: bool = True
-) -> None:
-    """Tie a folder of samples to the model and the settings that decide them; see :func:`diffalign.files.claim`."""
-    identity = {**settings, "model": model_identity(model), "count": len(prompts)}
-    claim(out / RECORDS, identity, out / "media", write=write)
-
-
-def generate_with(
-    config: cfg.GenerateConfig | cfg.EvalConfig,
-    model: cfg.ModelConfig,
-    prompts: Sequence[Record],
-    out: Path,
-    title: str = "generate",
-) -> Path:
-    """Load a model and :func:`generate` with the candidates, sampling and seed of a config; the records file."""
-    settings = sampling_config(config, model.family)
-    return generate(
-        load_model(model),
-        [_with_condition(record, Path(config.prompts.source).parent, out) for record in prompts],
-        out,
-        candidates=config.candidates,
-        sampling=make_sampling(settings),
-        batch=settings.batch,
-        seed=config.seed,
-        model=model_name(model),
-        title=title,
-    )
-
-
-def _with_condition(record: Record, root: Path, out: Path) -> Record:
-    """A prompt whose condition image lies with the samples, since records name files of their own folder alone."""
-    if record.condition is None:
-        return record
-    content = store.media_path(root, record.condition)
-    if not content.is_file():
-        raise UserError(f"record {record.id!r}: {content}: no such condition image")
-    name = f"media/condition-{record.id}{content.suffix}"
-    if not (out / name).is_file():
-        with replacing(out / name, durable=False) as handle:
-            handle.write(content.read_bytes())
-    return record.model_copy(update={"condition": name})
-
-
-def run(config: cfg.GenerateConfig, dry_run: bool = False) -> Path:
-    """The verb: load, sample, write; returns the records file."""
-    sampling_config(config, config.model.family)
-    prompts = read_prompts(config.prompts, config.seed)
-    out = Path(config.out)
-    claim_samples(out, config.model, prompts, config.model_dump(mode="json", exclude={"out"}), write=not dry_run)
-    if dry_run:
-        print(f"would sample {len(prompts)} prompts x {config.candidates} candidates into {out}")
-        return out / RECORDS
-    path = generate_with(config, config.model, prompts, out)
-    print(f"{len(prompts)} prompts x {config.candidates} candidates in {path}")
-    return path

@@ -240,6 +240,10 @@ class Request:
     seed: int
     condition: Any = None
     """A PIL image, for families that read one."""
+    start: Tensor | None = None
+    """A clean sample (3, H, W), (3, F, H, W) or voxels, in [-1, 1], to begin from instead of noise alone."""
+    strength: float = 1.0
+    """The time in [0, 1] that ``start`` is noised to."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from diffalign.dataset import DERIVED, Dataset, Visit, check_records, check_segm
 from diffalign.encoding import Cut
 from diffalign.errors import UserError
 from diffalign.families.base import family_class
-from diffalign.generate import open_model
 from diffalign.methods import modality, needs, reads_paths, resolve
+from diffalign.models import open_model
 from diffalign.networks import checkpoint, compile_blocks, find_optimizer
 from diffalign.randomness import keyed
 from diffalign.records import Record
