@@ -1,158 +1,290 @@
-"""`diffalign build`: scored candidates -> training records (pairs or rankings) with ``labels["reward"]``.
-
-The rules are pure functions of the rewards of one record. Letters: K candidates, U units.
-"""
+"""`diffalign build`: scored candidates -> training records with ``labels["reward"]``, and a page of statistics."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from diffalign import records
+from diffalign import choices, pool_page, records, rewards
+from diffalign.choices import Choice
 from diffalign.config import BuildConfig
 from diffalign.errors import UserError
 from diffalign.files import require_complete, siblings
 from diffalign.records import Candidate, Record
+from diffalign.rewards import Reward, level
 
-Reward = float | list[float]
-"""One number, or one per unit."""
-How = Literal["sum", "wins"]
-Rule = Literal["best_worst", "all_pairs", "ranked"]
+OPTIONS = {
+    "per_prompt": ("all_pairs",),
+    "top": ("ranked",),
+    "threshold": ("unpaired",),
+    "stages": ("curriculum",),
+    "decided": ("segments",),
+    "constraints": ("best_worst", "all_pairs"),
+    "soft": ("best_worst", "all_pairs"),
+}
+"""Option -> the rules it belongs to."""
+UNITS = {"best_worst": "records", "ranked": "records", "unpaired": "candidates"}
+"""What a rule counts ties in; the others count pairs."""
 
 
-class Choice(NamedTuple):
-    """What a rule makes of one record."""
+def run(config: BuildConfig, dry_run: bool = False) -> Path:
+    """Write the training records and a page about them; print how many there are and what was dropped.
 
-    groups: list[tuple[int, ...]]
-    """Candidate indices of every training record, best first."""
-    ties: int
-    """Pairs (``all_pairs``) or records dropped because their rewards differ by no more than the margin."""
+    ``dry_run`` does all of it except writing.
 
-
-def combine(record: Record, weights: Mapping[str, float], how: How) -> list[Reward]:
-    """The K rewards of a record from its labels; per unit when every label is a list of the same length.
-
-    ``sum``: weighted sum. ``wins``: a candidate gets a label's weight for every other one it beats strictly, over the
-    total weight and K - 1, so that rewards are in [0, 1] and sum to K / 2 without ties (RankDPO, arXiv:2410.18013,
-    with weights). A negative weight turns a label around: lower is better.
+    Returns:
+        The output file, or the first of a curriculum's.
 
     Raises:
-        UserError: fewer than two candidates, a label is missing or does not fit the others, or a weight is unusable.
+        UserError: a record lacks what the rule needs, an option does not belong to the rule, or all rewards tie.
     """
-    _check_weights(weights)
-    if len(record.candidates) < 2:
-        raise UserError(f"record {record.id!r} has {len(record.candidates)} candidates; rewards compare at least two")
-    columns = {label: _column(record, label) for label in weights}
-    lengths = {len(value) if isinstance(value, list) else None for column in columns.values() for value in column}
-    if len(lengths) > 1:
-        names = ", ".join(weights)
-        raise UserError(f"record {record.id!r}: {names}: numbers mixed with lists, or lists of different lengths")
-    reduce = _weighted_sum if how == "sum" else _count_wins
-    units = lengths.pop()
-    rewards: list[Reward] = []
-    if units is None:
-        rewards += reduce(columns, weights)
+    source, out = siblings(config.records, config.out)
+    _check(config)
+    builder = Builder(config, source)
+    outputs = stage_files(out, config.stages or 1)
+    if dry_run:
+        for _ in builder.records():
+            pass
     else:
-        by_unit = [reduce({label: [v[u] for v in c] for label, c in columns.items()}, weights) for u in range(units)]
-        rewards += [list(row) for row in zip(*by_unit, strict=True)]
-    if not all(math.isfinite(_level(reward)) for reward in rewards):
-        raise UserError(f"record {record.id!r}: the reward is not finite ({rewards}); check labels and weights")
-    return rewards
+        _write(builder, outputs)
+        if config.page:
+            page = pool_page.write(source, outputs[0], tuple(config.reward))
+            print(f"statistics: {page}")
+    _print_counts(config, builder.counts, outputs, "would write" if dry_run else "wrote")
+    return outputs[0]
 
 
-def _check_weights(weights: Mapping[str, float]) -> None:
-    if not all(map(math.isfinite, weights.values())) or not any(weights.values()):
-        raise UserError(f"reward weights {dict(weights)} must be finite and not all zero")
+def _print_counts(config: BuildConfig, counts: Counter[str], outputs: Sequence[Path], done: str) -> None:
+    unit, fate = UNITS.get(config.rule, "pairs"), "kept" if config.ties == "keep" else "dropped"
+    dropped = "".join(f"; {counts[key]} {text}" for key, text in DROPPED.items() if counts[key])
+    print(
+        f"{done} {counts['out']} training records from {counts['in']} scored records to "
+        f"{', '.join(map(str, outputs))}; {counts['ties']} {unit} {fate} as ties{dropped}"
+    )
 
 
-def _column(record: Record, label: str) -> list[Any]:
-    """One label of all candidates."""
-    for index, candidate in enumerate(record.candidates):
-        if label not in candidate.labels:
-            known = ", ".join(sorted(candidate.labels)) or "none"
-            raise UserError(f"record {record.id!r}, candidate {index}: no label {label!r}; it has: {known}")
-    return [candidate.labels[label] for candidate in record.candidates]
+DROPPED = {
+    "vetoed": "pairs dropped by constraints",
+    "failed": "candidates left out because a scorer failed on them",
+    "short": "records dropped because too few candidates are left",
+}
 
 
-def _weighted_sum(columns: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> list[float]:
-    rows = zip(*columns.values(), strict=True)
-    return [sum(w * value for w, value in zip(weights.values(), row, strict=True)) for row in rows]
+def stage_files(out: Path, stages: int) -> list[Path]:
+    """The output, or one file per stage of a curriculum."""
+    return [out] if stages == 1 else [out.with_name(f"{out.stem}-{n}{out.suffix}") for n in range(1, stages + 1)]
 
 
-def _count_wins(columns: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> list[float]:
-    k = len(next(iter(columns.values())))
-    wins = [0.0] * k
-    for label, column in columns.items():
-        sign = math.copysign(1.0, weights[label])
-        for i in range(k):
-            wins[i] += abs(weights[label]) * sum(sign * column[i] > sign * other for other in column)
-    total = sum(map(abs, weights.values())) * (k - 1)
-    return [won / total for won in wins]
+def _write(builder: Builder, outputs: Sequence[Path]) -> None:
+    if len(outputs) == 1:
+        records.write(outputs[0], (record for _, record in builder.records()))
+        return
+    with ExitStack() as stack:
+        puts = [stack.enter_context(records.writer(path)) for path in outputs]
+        for stage, record in builder.records():
+            puts[stage](record)
 
 
-def _level(reward: Reward) -> float:
-    """A reward as one number: the mean over its units."""
-    return fmean(reward) if isinstance(reward, list) else reward
+def _check(config: BuildConfig) -> None:
+    for option, rules in OPTIONS.items():
+        value = getattr(config, option)
+        if value not in (None, {}) and config.rule not in rules:
+            names = " or ".join(f"`rule: {rule}`" for rule in rules)
+            raise UserError(f"`{option}` belongs to {names}, not to `rule: {config.rule}`; remove it")
+    needed = {"unpaired": "threshold", "curriculum": "stages"}.get(config.rule)
+    if needed and getattr(config, needed) is None:
+        raise UserError(f"`rule: {config.rule}` needs `{needed}`")
+    if (not config.reward) != (config.rule == "conditions"):
+        raise UserError(
+            "`reward` says which labels count; give it, unless the rule is conditions, whose pairs need no reward"
+        )
+    if config.ties == "keep" and config.rule not in ("best_worst", "all_pairs", "ranked"):
+        raise UserError(f"`ties: keep` is for pairs and rankings; `rule: {config.rule}` has nothing to keep")
 
 
-def best_worst(rewards: Sequence[Reward], margin: float) -> Choice:
-    """One pair per record; the first of equals."""
-    levels = [_level(reward) for reward in rewards]
-    best, worst = levels.index(max(levels)), levels.index(min(levels))
-    if levels[best] - levels[worst] <= margin:
-        return Choice([], ties=1)
-    return Choice([(best, worst)], ties=0)
+class Made(NamedTuple):
+    """A training record and the stage of a curriculum it belongs to."""
+
+    stage: int
+    record: Record
 
 
-def all_pairs(rewards: Sequence[Reward], margin: float, per_prompt: int | None = None) -> Choice:
-    """Every pair whose rewards differ by more than the margin, widest first, at most ``per_prompt``."""
-    levels = [_level(reward) for reward in rewards]
-    pairs = [(i, j) if levels[i] > levels[j] else (j, i) for i, j in combinations(range(len(levels)), 2)]
-    apart = [(i, j) for i, j in pairs if levels[i] - levels[j] > margin]
-    widest = sorted(apart, key=lambda pair: levels[pair[1]] - levels[pair[0]])
-    return Choice(list(widest[:per_prompt]), ties=len(pairs) - len(apart))
+class Builder:
+    """Turns records into training records and counts what becomes of them."""
+
+    def __init__(self, config: BuildConfig, source: Path) -> None:
+        self.config, self.source = config, source
+        self.counts: Counter[str] = Counter()
+        self._needed = {*config.reward, *config.constraints}
+        ranges = config.combine == "zscore" or config.soft == "range"
+        self._pool = rewards.pool_spread(records.read(source), config.reward) if ranges else None
+        self._least = 1 if config.rule in ("unpaired", "conditions") else 2
+        self._scale = self._soft_scale()
+
+    def _soft_scale(self) -> float | None:
+        """What a reward difference is divided by before the sigmoid; for ``range`` that of the pool's rewards."""
+        if self.config.soft != "range":
+            return self.config.soft
+        low, high = math.inf, -math.inf
+        for record in records.read(self.source):
+            kept = self._usable(record)
+            if len(kept.candidates) >= self._least:
+                levels = [level(reward) for reward in self._combined(kept)]
+                low, high = min(low, *levels), max(high, *levels)
+        if not low < high:
+            raise UserError(f"{self.source}: all ties: `soft: range` needs rewards that differ")
+        return high - low
+
+    def records(self) -> Iterator[Made]:
+        """Stream the training records.
+
+        Raises:
+            UserError: see :func:`run`.
+        """
+        for record in records.read(self.source):
+            self.counts["in"] += 1
+            usable = self._usable(record)
+            self.counts["failed"] += len(record.candidates) - len(usable.candidates)
+            if len(usable.candidates) < self._least:
+                if len(record.candidates) < self._least:
+                    n = len(record.candidates)
+                    raise UserError(f"record {record.id!r} has {n} candidates; rewards compare at least two")
+                self.counts["short"] += 1
+                continue
+            for made in self._made(usable):
+                self.counts["out"] += 1
+                yield made
+        require_complete(self.source, self.counts["in"])
+        if not self.counts["out"]:
+            raise UserError(
+                f"{self.source}: all ties: no record has rewards more than {self.config.margin} apart; "
+                "nothing to train on"
+            )
+
+    def _usable(self, record: Record) -> Record:
+        """The record without the candidates that a needed scorer failed on."""
+        kept = [i for i, c in enumerate(record.candidates) if not (self._needed & c.errors.keys() - c.labels.keys())]
+        if len(kept) == len(record.candidates):
+            return record
+        return record.model_copy(
+            update={"candidates": [record.candidates[i] for i in kept], "meta": _meta(record, kept)}
+        )
+
+    def _combined(self, record: Record) -> list[Reward]:
+        return rewards.combine(record, self.config.reward, self.config.combine, self._pool)
+
+    def _made(self, record: Record) -> Iterator[Made]:
+        config = self.config
+        if config.rule == "conditions":
+            yield from (Made(0, pair) for pair in condition_pairs(record))
+            return
+        values = self._combined(record)
+        if "reward" in config.reward:  # what the rule makes of it takes its place
+            record = _without_reward(record)
+        if config.rule == "curriculum":
+            assert config.stages is not None
+            for stage, pair in enumerate(choices.curriculum(values, config.stages)):
+                if pair is not None:
+                    yield Made(stage, training_record(record, values, pair))
+            return
+        choice = self._choice(record, values)
+        self.counts["ties"] += len(choice.tied)
+        self.counts["vetoed"] += choice.vetoed
+        for group in choice.groups:
+            yield Made(0, self._finished(record, values, group))
+        for group in choice.tied if config.ties == "keep" else ():
+            mean = sum(level(values[i]) for i in group) / len(group)
+            yield Made(0, training_record(record, dict.fromkeys(group, mean), group, whole=config.rule == "ranked"))
+
+    def _choice(self, record: Record, values: Sequence[Reward]) -> Choice:
+        config = self.config
+        limits = dict(config.constraints)
+        if config.combine == "pareto":  # a front is no order: the better one may lose on no label at all
+            limits = {**dict.fromkeys(config.reward, 0.0), **limits}
+        veto = rewards.vetoes(record, config.reward, limits) if limits else frozenset()
+        rules: dict[str, Callable[[], Choice]] = {
+            "best_worst": partial(choices.best_worst, values, config.margin, veto),
+            "all_pairs": partial(choices.all_pairs, values, config.margin, config.per_prompt, veto),
+            "ranked": partial(choices.ranked, values, config.margin, config.top),
+            "unpaired": partial(choices.unpaired, values, config.margin, config.threshold or 0.0),
+            "segments": partial(choices.segments, _per_segment(record, values), config.margin, config.decided or 0.2),
+        }
+        return rules[config.rule]()
+
+    def _finished(self, record: Record, values: Sequence[Reward], group: Sequence[int]) -> Record:
+        """The training record of a group, its rewards in the form that the rule gives them."""
+        config, own = self.config, {i: values[i] for i in group}
+        if config.rule == "unpaired":
+            made = training_record(record, own, group)
+            liked = float(level(values[group[0]]) > (config.threshold or 0.0))
+            return _labelled(made, "desirable", [liked])
+        if config.rule == "segments":
+            first, second = (values[i] for i in group)
+            assert isinstance(first, list)
+            assert isinstance(second, list)
+            verdicts = choices.segment_verdicts(first, second, config.margin)
+            return training_record(record, dict(zip(group, verdicts, strict=True)), group)
+        if self._scale is not None:
+            better, worse = (level(values[i]) for i in group)
+            p = 1 / (1 + math.exp(-(better - worse) / self._scale))
+            own = dict(zip(group, (p, 1 - p), strict=True))
+        return training_record(record, own, group, whole=config.rule == "ranked")
 
 
-def ranked(rewards: Sequence[Reward], margin: float, top: int | None = None) -> Choice:
-    """The ``top`` best candidates, best first; dropped when even the first and the last of them tie."""
-    levels = [_level(reward) for reward in rewards]
-    order = sorted(range(len(levels)), key=lambda index: -levels[index])[:top]
-    if levels[order[0]] - levels[order[-1]] <= margin:
-        return Choice([], ties=1)
-    return Choice([tuple(order)], ties=0)
+def _per_segment(record: Record, values: Sequence[Reward]) -> list[list[float]]:
+    """The rewards per segment; empty where the rule is another one."""
+    return [value if isinstance(value, list) else [value] for value in values]
 
 
-def curriculum(rewards: Sequence[Reward], stages: int) -> list[tuple[int, int] | None]:
-    """A record's pair at each stage: the best candidate against the others, easy (widest gap) first (Curry-DPO).
+def condition_pairs(record: Record) -> Iterator[Record]:
+    """The record's own picture under its condition, against under what each sample shows (CPO, arXiv:2511.04753).
 
-    Candidates that tie with the best make no pair; stages beyond the pairs there are get None. Equal gaps keep their
-    order. Each stage starts from, and refers to, the model of the one before (arXiv:2403.07230).
+    Raises:
+        UserError: there is no own picture, no condition, or none was extracted.
     """
-    levels = [_level(reward) for reward in rewards]
-    best = levels.index(max(levels))
-    others = sorted((i for i, level in enumerate(levels) if level < levels[best]), key=levels.__getitem__)[:stages]
-    return [*((best, other) for other in others), *[None] * (stages - len(others))]
+    if record.source is None or record.condition is None:
+        raise UserError(f"record {record.id!r}: pairs of conditions need its `source` picture and its `condition`")
+    for k, candidate in enumerate(record.candidates):
+        shown = candidate.origin.get("condition")
+        if not isinstance(shown, str):
+            raise UserError(
+                f"record {record.id!r}, candidate {k}: what it shows was not extracted; generate with `extract`"
+            )
+        pair = [
+            Candidate(sample=record.source, condition=name, labels={"reward": reward}, origin=origin)
+            for name, reward, origin in ((record.condition, 1.0, {}), (shown, 0.0, candidate.origin))
+        ]
+        yield record.model_copy(update={"id": f"{record.id}#{k}", "condition": None, "candidates": pair})
 
 
-def choose(rewards: Sequence[Reward], rule: Rule, margin: float, per_prompt: int | None, top: int | None) -> Choice:
-    """Apply the rule of that name."""
-    if rule == "best_worst":
-        return best_worst(rewards, margin)
-    if rule == "all_pairs":
-        return all_pairs(rewards, margin, per_prompt)
-    return ranked(rewards, margin, top)
-
-
-def training_record(record: Record, rewards: Sequence[Reward], group: Sequence[int], rule: Rule) -> Record:
-    """The candidates of a group with their rewards; a pair's id ends in its candidate indices, as in ``#0-3``."""
-    candidates = [_with_reward(record, index, rewards[index]) for index in group]
-    name = record.id if rule == "ranked" else f"{record.id}#{'-'.join(map(str, group))}"
+def training_record(
+    record: Record, values: Mapping[int, Reward] | Sequence[Reward], group: Sequence[int], *, whole: bool = False
+) -> Record:
+    """The candidates of a group with their rewards; the id ends in their indices, as in ``#0-3``, unless ``whole``."""
+    candidates = [_with_reward(record, index, values[index]) for index in group]
+    name = record.id if whole else f"{record.id}#{'-'.join(map(str, group))}"
     return record.model_copy(update={"id": name, "candidates": candidates, "meta": _meta(record, group)})
+
+
+def _without_reward(record: Record) -> Record:
+    candidates = [
+        candidate.model_copy(update={"labels": {k: v for k, v in candidate.labels.items() if k != "reward"}})
+        for candidate in record.candidates
+    ]
+    return record.model_copy(update={"candidates": candidates})
+
+
+def _labelled(record: Record, label: str, values: Sequence[float]) -> Record:
+    candidates = [
+        candidate.model_copy(update={"labels": {**candidate.labels, label: value}})
+        for candidate, value in zip(record.candidates, values, strict=True)
+    ]
+    return record.model_copy(update={"candidates": candidates})
 
 
 def _with_reward(record: Record, index: int, reward: Reward) -> Candidate:
@@ -173,43 +305,3 @@ def _meta(record: Record, group: Sequence[int]) -> dict[str, Any]:
         for label, details in scores.items()
     }
     return {**record.meta, "scores": picked}
-
-
-def run(config: BuildConfig, dry_run: bool = False) -> Path:
-    """Write the training records and print how many there are and how many ties were dropped.
-
-    ``dry_run`` does all of it except writing.
-
-    Raises:
-        UserError: a record lacks what the rule needs, an option does not belong to the rule, or all rewards tie.
-    """
-    source, out = siblings(config.records, config.out)
-    for option, rule in (("per_prompt", "all_pairs"), ("top", "ranked")):
-        if getattr(config, option) is not None and config.rule != rule:
-            raise UserError(f"`{option}` belongs to `rule: {rule}`, not to `rule: {config.rule}`; remove it")
-    counts: Counter[str] = Counter()
-    built = _build(config, source, counts)
-    if dry_run:
-        for _ in built:
-            pass
-    else:
-        records.write(out, built)
-    done, unit = "would write" if dry_run else "wrote", "pairs" if config.rule == "all_pairs" else "records"
-    ties = f"{counts['ties']} {unit} dropped as ties"
-    print(f"{done} {counts['out']} training records from {counts['in']} scored records to {out}; {ties}")
-    return out
-
-
-def _build(config: BuildConfig, source: Path, counts: Counter[str]) -> Iterator[Record]:
-    """Stream the training records; ``counts`` collects ``in``, ``out`` and ``ties``."""
-    for record in records.read(source):
-        rewards = combine(record, config.reward, config.combine)
-        choice = choose(rewards, config.rule, config.margin, config.per_prompt, config.top)
-        counts.update({"in": 1, "out": len(choice.groups), "ties": choice.ties})
-        for group in choice.groups:
-            yield training_record(record, rewards, group, config.rule)
-    require_complete(source, counts["in"])
-    if not counts["out"]:
-        raise UserError(
-            f"{source}: all ties: no record has rewards more than {config.margin} apart; nothing to train on"
-        )

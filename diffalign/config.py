@@ -153,12 +153,35 @@ class BuildConfig(Strict):
 
     records: str
     out: str = Field(description="output .jsonl, in the folder of the input")
-    reward: dict[str, float] = Field(min_length=1, description="label -> weight")
-    combine: Literal["sum", "wins"] = Field(default="sum", description="weighted sum, or win counting (RankDPO)")
-    rule: Literal["best_worst", "all_pairs", "ranked"] = "best_worst"
-    margin: float = Field(default=0.0, ge=0, description="reward differences up to this are ties, dropped")
+    reward: dict[str, float] = Field(default_factory=dict, description="label -> weight; below 0: lower is better")
+    combine: Literal["sum", "zscore", "wins", "ranks", "majority", "pareto"] = Field(
+        default="sum",
+        description="weighted sum, of raw or pool-standardised labels; win counting (RankDPO), mean rank, majority "
+        "vote of the labels; Pareto: better on no label's cost",
+    )
+    rule: Literal["best_worst", "all_pairs", "ranked", "unpaired", "segments", "curriculum", "conditions"] = Field(
+        default="best_worst",
+        description="pairs, rankings, single candidates (KTO), pairs per segment of a clip (DenseDPO), pairs from "
+        "easy to hard (Curry-DPO), pairs of conditions (CPO)",
+    )
+    margin: float = Field(default=0.0, ge=0, description="reward differences up to this are ties")
+    ties: Literal["drop", "keep"] = Field(default="drop", description="keep: with equal rewards")
+    constraints: dict[str, float] = Field(
+        default_factory=dict, description="label -> how much the preferred one may lose on it; worse pairs are dropped"
+    )
+    soft: float | Literal["range"] | None = Field(
+        default=None,
+        description="rewards become probabilities, sigmoid(difference / this); range: that of the pool (SmPO, with "
+        "objective.kind: probability)",
+    )
     per_prompt: int | None = Field(default=None, gt=0, description="all_pairs: keep the widest so many per prompt")
     top: int | None = Field(default=None, gt=1, description="ranked: keep the best so many candidates")
+    threshold: float | None = Field(default=None, description="unpaired: above it is desirable, below it is not")
+    decided: float | None = Field(
+        default=None, ge=0, lt=1, description="segments: keep pairs with more than this share decided; default .2"
+    )
+    stages: int | None = Field(default=None, gt=1, description="curriculum: how many files, OUT-1.jsonl ...")
+    page: bool = Field(default=True, description="write a page of statistics beside the output")
 
 
 class DataConfig(Strict):
@@ -295,10 +318,10 @@ class QuickstartConfig(Strict):
         note: str = ""
 
     class Rules(Strict):
-        """The rules of `build`."""
+        """The rules of `build`; see there."""
 
         reward: dict[str, float]
-        combine: Literal["sum", "wins"] = "sum"
+        combine: Literal["sum", "zscore", "wins", "ranks", "majority", "pareto"] = "sum"
         rule: Literal["best_worst", "all_pairs", "ranked"] = "all_pairs"
         margin: float = 0.0
         per_prompt: int | None = None

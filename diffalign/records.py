@@ -13,7 +13,8 @@ import struct
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from statistics import fmean
@@ -184,14 +185,25 @@ def write(path: str | Path, records: Iterable[Record]) -> None:
     Raises:
         UserError: there is nothing to write, an id occurs twice, or a record holds NaN or what JSON cannot express.
     """
+    with writer(path) as put:
+        for record in records:
+            put(record)
+
+
+@contextmanager
+def writer(path: str | Path) -> Iterator[Callable[[Record], None]]:
+    """What :func:`write` does, one record at a time: for several files that are filled together."""
     path = Path(path)
     seen: set[str] = set()
     with replacing(path) as handle:
-        for record in records:
+
+        def put(record: Record) -> None:
             if record.id in seen:
                 raise UserError(f"{path}: two records have the id {record.id!r}; ids are unique")
             seen.add(record.id)
             handle.write(_line(record))
+
+        yield put
         if not seen:
             raise UserError(f"{path}: no records to write")
 
@@ -302,6 +314,22 @@ def read_image(root: Path, relative: str, *, keep_alpha: bool = False) -> Image.
     except _DECODER_ERRORS as error:
         raise UserError(f"{path}: truncated or not an image: {error}") from None
     raise UserError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down")
+
+
+def image_size(root: Path, relative: str) -> tuple[int, int]:
+    """Width and height of a picture, from its header alone.
+
+    Raises:
+        UserError: the file is missing or no image.
+    """
+    from PIL import Image
+
+    path = media_path(root, relative)
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except _DECODER_ERRORS as error:
+        raise UserError(f"{path}: truncated or not an image: {error}") from None
 
 
 def _flatten(image: Image.Image, keep_alpha: bool) -> Image.Image:

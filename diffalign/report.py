@@ -10,21 +10,21 @@ import base64
 import io
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NamedTuple, TypeVar
 
-import jinja2
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffalign import records
-from diffalign.charts import HEIGHT, WIDTH, Chart, Histogram, chart, histogram, tick
+from diffalign.charts import Chart, Histogram, chart, histogram
 from diffalign.config import ReportConfig
 from diffalign.errors import UserError
 from diffalign.files import replacing
+from diffalign.pages import render
 from diffalign.records import Candidate, Record
 from diffalign.results import Results, Row, headline, number, table
 
@@ -299,14 +299,6 @@ def _pool(folder: Path) -> dict[str, Any]:
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-def duration(seconds: float) -> str:
-    """``4.2 s``, ``3 min 20 s``, ``2 h 5 min``."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def _collect(root: Path) -> dict[str, Any]:
     """Everything the folder has to show, under the names the template uses."""
     if not root.is_dir():
@@ -327,19 +319,6 @@ def _collect(root: Path) -> dict[str, Any]:
     return parts
 
 
-def render(parts: Mapping[str, Any], title: str) -> str:
-    """The page. Everything is escaped: prompts are foreign text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("diffalign"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"number": number, "duration": duration, "tick": tick}
-    return environment.get_template("report.html.j2").render(**parts, title=title, size=(WIDTH, HEIGHT))
-
-
 def run(config: ReportConfig, dry_run: bool = False) -> Path:
     """Write the page and print its headlines; ``dry_run`` does all of it except writing.
 
@@ -350,7 +329,8 @@ def run(config: ReportConfig, dry_run: bool = False) -> Path:
     parts = _collect(root)
     job = parts["job"]
     given = "title" in config.model_fields_set
-    page = render(parts, config.title if given or not (job and job.title) else job.title).encode()
+    title = config.title if given or not (job and job.title) else job.title
+    page = render("report.html.j2", **parts, title=title).encode()
     out = root / config.out
     if not dry_run:
         with replacing(out) as handle:

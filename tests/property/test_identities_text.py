@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffalign.build import best_worst, curriculum
+from diffalign.choices import best_worst, curriculum
 from diffalign.errors import UserError
 from diffalign.likelihood import geometric_mixture, token_kl
 from diffalign.objectives.shaping import divergence_score

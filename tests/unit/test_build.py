@@ -1,120 +1,24 @@
-"""Rewards from labels, the three rules against hand-computed answers, and the verb."""
+"""Training records from scored ones: the form of every rule's records, the verb, and the page of statistics."""
 
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from diffalign import build, records
-from diffalign.build import Choice, all_pairs, best_worst, combine, ranked
 from diffalign.config import BuildConfig
 from diffalign.errors import UserError
+from diffalign.objectives.diffusion import lead
 from diffalign.records import Candidate, Record
 
-
-def record(name="a", **columns) -> Record:
-    """A record from one list per label."""
-    rows = zip(*columns.values(), strict=True)
-    candidates = [Candidate(sample=f"{i}.png", labels=dict(zip(columns, row))) for i, row in enumerate(rows)]  # noqa: B905
-    return Record(id=name, prompt=f"prompt {name}", candidates=candidates, meta={"tag": "colors"})
-
-
-class TestCombine:
-    def test_weighted_sum(self):
-        row = record(clip=[1.0, 2.0], hps=[10.0, 0.0])
-        assert combine(row, {"clip": 2.0, "hps": 0.5}, "sum") == [7.0, 4.0]
-        assert combine(row, {"clip": 1.0, "hps": -1.0}, "sum") == [-9.0, 2.0]
-
-    def test_wins_by_hand(self):
-        row = record(a=[0.3, 0.1, 0.2, 0.4], b=[5.0, 5.0, 1.0, 2.0], c=[1.0, 2.0, 3.0, 4.0])
-        # wins per label: a 2 0 1 3, b 2 2 0 1 (one comparison ties), c 0 1 2 3; over 3 labels and 3 rivals
-        assert combine(row, {"a": 1, "b": 1, "c": 1}, "wins") == pytest.approx([4 / 9, 3 / 9, 3 / 9, 7 / 9])
-        # weights 2, 1, 1: (4 + 2 + 0, 0 + 2 + 1, 2 + 0 + 2, 6 + 1 + 3) over 4 * 3
-        assert combine(row, {"a": 2, "b": 1, "c": 1}, "wins") == pytest.approx([6 / 12, 3 / 12, 4 / 12, 10 / 12])
-
-    @pytest.mark.parametrize("k", [2, 3, 4, 7])
-    def test_wins_without_ties_sum_to_half_of_k(self, k):
-        row = record(a=[float(i * 3 % 7) for i in range(k)], b=[-float(i) for i in range(k)])
-        rewards = combine(row, {"a": 0.3, "b": 1.7}, "wins")
-        assert sum(rewards) == pytest.approx(k / 2)
-        assert min(rewards) >= 0
-        assert max(rewards) <= 1
-
-    def test_a_tie_wins_for_nobody(self):
-        assert combine(record(a=[1.0, 1.0, 0.0]), {"a": 1}, "wins") == [0.5, 0.5, 0.0]
-
-    def test_negative_weight_turns_wins_around(self):
-        row = record(error=[0.1, 0.2, 0.3])
-        assert combine(row, {"error": -2.0}, "wins") == [1.0, 0.5, 0.0]
-
-    def test_wins_ignore_scale(self):
-        small, large = record(a=[1e-300, 2e-300]), record(a=[1.0, 2e300])
-        assert combine(small, {"a": 1e-30}, "wins") == combine(large, {"a": 1e-30}, "wins") == [0.0, 1.0]
-
-    def test_per_unit(self):
-        row = record(vq=[[1.0, 4.0], [2.0, 2.0]], mq=[[0.0, 1.0], [0.0, 3.0]])
-        assert combine(row, {"vq": 1.0, "mq": 2.0}, "sum") == [[1.0, 6.0], [2.0, 8.0]]
-        # unit 0: vq 0 1, mq tie; unit 1: vq 1 0, mq 0 1
-        assert combine(row, {"vq": 1.0, "mq": 3.0}, "wins") == [[0.0, 0.25], [0.25, 0.75]]
-
-    @pytest.mark.parametrize(
-        ("row", "weights", "message"),
-        [
-            (record(clip=[1.0, 2.0]), {"hps": 1.0}, "record 'a', candidate 0: no label 'hps'; it has: clip"),
-            (record(clip=[1.0]), {"clip": 1.0}, "record 'a' has 1 candidates"),
-            (Record(id="e", prompt=""), {"clip": 1.0}, "record 'e' has 0 candidates"),
-            (record(a=[1.0, [1.0, 2.0]]), {"a": 1.0}, "record 'a': a: numbers mixed with lists"),
-            (record(a=[[1.0], [1.0, 2.0]]), {"a": 1.0}, "lists of different lengths"),
-            (record(a=[1.0, 2.0], b=[[1.0], [2.0]]), {"a": 1.0, "b": 1.0}, "a, b: numbers mixed"),
-            (record(a=[1.0, 2.0]), {"a": math.nan}, "must be finite"),
-            (record(a=[1.0, 2.0]), {"a": 0.0}, "not all zero"),
-            (record(a=[1e308, 2.0]), {"a": 10.0}, "record 'a': the reward is not finite"),
-        ],
-    )
-    @pytest.mark.parametrize("how", ["sum", "wins"])
-    def test_refusals(self, row, weights, message, how):
-        if how == "wins" and "reward is not finite" in message:
-            assert combine(row, weights, how) == [1.0, 0.0]
-            return
-        with pytest.raises(UserError, match=message):
-            combine(row, weights, how)
-
-
-class TestRules:
-    def test_best_worst(self):
-        assert best_worst([1.0, 3.0, 2.0, 0.0], 0.0) == Choice([(1, 3)], ties=0)
-        assert best_worst([1.0, 3.0, 3.0, 1.0], 0.0) == Choice([(1, 0)], ties=0)
-        assert best_worst([1.0, 1.0], 0.0) == Choice([], ties=1)
-
-    @pytest.mark.parametrize(("margin", "kept"), [(1.9, 1), (2.0, 0), (2.1, 0)])
-    def test_a_difference_equal_to_the_margin_is_a_tie(self, margin, kept):
-        assert len(best_worst([1.0, 3.0], margin).groups) == kept
-        assert len(all_pairs([1.0, 3.0], margin).groups) == kept
-        assert len(ranked([1.0, 3.0], margin).groups) == kept
-
-    def test_all_pairs_widest_first(self):
-        rewards = [1.0, 4.0, 1.0, 2.0]
-        assert all_pairs(rewards, 0.0) == Choice([(1, 0), (1, 2), (1, 3), (3, 0), (3, 2)], ties=1)
-        assert all_pairs(rewards, 1.0) == Choice([(1, 0), (1, 2), (1, 3)], ties=3)
-        assert all_pairs(rewards, 0.0, per_prompt=2) == Choice([(1, 0), (1, 2)], ties=1)
-
-    def test_ranked(self):
-        rewards = [1.0, 4.0, 1.0, 2.0]
-        assert ranked(rewards, 0.0) == Choice([(1, 3, 0, 2)], ties=0)
-        assert ranked(rewards, 0.0, top=2) == Choice([(1, 3)], ties=0)
-        assert ranked([4.0, 4.0, 1.0], 0.0, top=2) == Choice([], ties=1)
-        assert ranked([1.0] * 3, 0.0) == Choice([], ties=1)
-
-    def test_units_compare_by_their_mean(self):
-        rewards = [[0.0, 0.0], [3.0, -1.0], [1.0, 1.0]]
-        assert best_worst(rewards, 0.5).groups == [(1, 0)]
-        assert best_worst(rewards, 1.0).groups == []
-        assert all_pairs(rewards, 0.0) == Choice([(1, 0), (2, 0)], ties=1)
+from .labelled import record
 
 
 class TestTrainingRecord:
     def test_pair(self):
         row = record(clip=[1.0, 2.0, 3.0])
-        out = build.training_record(row, [1.0, 2.0, 3.0], (2, 0), "best_worst")
+        out = build.training_record(row, [1.0, 2.0, 3.0], (2, 0))
         assert out.id == "a#2-0"
         assert (out.prompt, out.meta) == (row.prompt, row.meta)
         assert [c.sample for c in out.candidates] == ["2.png", "0.png"]
@@ -122,19 +26,19 @@ class TestTrainingRecord:
         assert "reward" not in row.candidates[0].labels
 
     def test_ranking_keeps_its_id(self):
-        assert build.training_record(record(clip=[1.0, 2.0]), [1.0, 2.0], (1, 0), "ranked").id == "a"
+        assert build.training_record(record(clip=[1.0, 2.0]), [1.0, 2.0], (1, 0), whole=True).id == "a"
 
     def test_details_follow_their_candidates(self):
         row = record(clip=[1.0, 2.0, 3.0])
         row = row.model_copy(update={"meta": {"scores": {"clip": [{"n": 0}, {}, {"n": 2}], "note": "text"}}})
-        out = build.training_record(row, [1.0, 2.0, 3.0], (2, 0), "best_worst")
+        out = build.training_record(row, [1.0, 2.0, 3.0], (2, 0))
         assert out.meta == {"scores": {"clip": [{"n": 2}, {"n": 0}], "note": "text"}}
 
     def test_an_existing_reward_is_not_overwritten_by_another_value(self):
         row = record(reward=[1.0, 2.0])
-        assert build.training_record(row, [1.0, 2.0], (1, 0), "ranked").candidates[0].labels == {"reward": 2.0}
+        assert build.training_record(row, [1.0, 2.0], (1, 0)).candidates[0].labels == {"reward": 2.0}
         with pytest.raises(UserError, match="record 'a', candidate 1: label 'reward' is already there"):
-            build.training_record(row, [1.0, 5.0], (1, 0), "ranked")
+            build.training_record(row, [1.0, 5.0], (1, 0))
 
 
 class TestVerb:
@@ -184,7 +88,7 @@ class TestVerb:
         with pytest.raises(UserError, match="'last' has 0 candidates"):
             build.run(config())
         assert (tmp_path / "train.jsonl").read_bytes() == before
-        assert len(list(tmp_path.iterdir())) == 2
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["scored.jsonl", "train.html", "train.jsonl"]
 
     def test_dry_run_writes_nothing(self, config, tmp_path, capsys):
         build.run(config(), dry_run=True)
@@ -199,3 +103,159 @@ class TestVerb:
     def test_output_must_not_be_the_input(self, config, tmp_path):
         with pytest.raises(UserError, match="is the input itself"):
             build.run(config(out=str(tmp_path / "scored.jsonl")))
+
+
+def p(z: float) -> float:
+    return 1 / (1 + math.exp(-z))
+
+
+class TestRulesOfTheVerb:
+    @pytest.fixture
+    def built(self, tmp_path, capsys):
+        def run(rows, **changes) -> list[Record]:
+            records.write(tmp_path / "scored.jsonl", rows)
+            content = {"reward": {"a": 1.0}, "out": str(tmp_path / "train.jsonl"), **changes}
+            out = build.run(BuildConfig(records=str(tmp_path / "scored.jsonl"), **content))
+            run.printed = capsys.readouterr().out
+            return list(records.read(out))
+
+        return run
+
+    def test_what_failed_is_left_out_and_counted(self, built):
+        rows = [record("r", a=[1.0, 2.0, 3.0]), record("s", a=[1.0, 2.0])]
+        for row, index in ((rows[0], 2), (rows[1], 0)):
+            failed = Candidate(sample="x.png", errors={"a": "timeout: after 5 s"})
+            row.candidates[index] = failed
+        (pair,) = built(rows)
+        assert pair.id == "r#1-0"
+        assert (
+            "2 candidates left out because a scorer failed on them; 1 records dropped because too few" in built.printed
+        )
+
+    def test_a_failure_of_another_label_does_not_count(self, built):
+        row = record("r", a=[1.0, 2.0])
+        row.candidates[0] = row.candidates[0].model_copy(update={"errors": {"other": "x"}})
+        assert len(built([row])) == 1
+        assert "left out" not in built.printed
+
+    def test_constraints(self, built):
+        rows = [record("r", a=[1.0, 2.0, 3.0], safe=[0.0, 0.0, -5.0])]
+        (pair,) = built(rows, constraints={"safe": 1.0})
+        assert pair.id == "r#1-0"
+        assert [r.id for r in built(rows, constraints={"safe": 1.0}, rule="all_pairs")] == ["r#1-0"]
+        assert "2 pairs dropped by constraints" in built.printed
+
+    def test_pareto_pairs_cost_nothing(self, built):
+        rows = [record("r", a=[3.0, 1.0, 2.0, 0.0], b=[1.0, 3.0, 0.5, 0.0])]
+        pairs = built(rows, reward={"a": 1.0, "b": 1.0}, combine="pareto", rule="all_pairs")
+        assert {r.id for r in pairs} == {"r#0-2", "r#0-3", "r#1-3", "r#2-3"}
+
+    def test_kept_ties_have_equal_rewards(self, built):
+        rows = [record("r", a=[1.0, 1.5]), record("s", a=[1.0, 4.0])]
+        first, second = built(rows, margin=1.0, ties="keep")
+        assert [c.labels["reward"] for c in first.candidates] == [1.25, 1.25]
+        assert [c.labels["reward"] for c in second.candidates] == [4.0, 1.0]
+        assert "1 records kept as ties" in built.printed
+
+    def test_soft_labels(self, built):
+        rows = [record("r", a=[1.0, 3.0]), record("s", a=[1.0, 0.0])]
+        first, second = built(rows, soft=2.0)
+        assert [c.labels["reward"] for c in first.candidates] == pytest.approx(
+            [1 / (1 + math.exp(-1)), 1 / (1 + math.e)]
+        )
+        assert second.candidates[0].labels["reward"] == pytest.approx(p(0.5))
+        first, _ = built(rows, soft="range")
+        assert first.candidates[0].labels["reward"] == pytest.approx(p(2 / 3))
+
+    def test_soft_labels_are_those_of_smpo(self, built):
+        """p of SmPO from normalised scores (arXiv:2506.02698): what its objective computes itself from raw ones."""
+        scores = [0.21, 0.24]
+        (pair,) = built([record("r", a=scores)], soft=0.28 - 0.115)
+        reward = torch.tensor([[0.24, 0.21]], dtype=torch.float64)
+        better, worse = (c.labels["reward"] for c in pair.candidates)
+        assert better - worse == pytest.approx(float(lead(reward, 0.115, 0.28)), abs=1e-12)
+
+    def test_unpaired(self, built):
+        made = built([record("r", a=[0.1, 0.9, 0.5])], rule="unpaired", threshold=0.5)
+        assert [r.id for r in made] == ["r#0", "r#1"]
+        assert [r.candidates[0].labels["desirable"] for r in made] == [0.0, 1.0]
+        assert "1 candidates dropped as ties" in built.printed
+        assert len(built([record("r", a=[0.9])], rule="unpaired", threshold=0.5)) == 1
+
+    def test_segments(self, built):
+        rows = [record("r", a=[[1.0, 0.0, 3.0], [0.0, 0.0, 4.0]]), record("s", a=[[1.0, 0.0], [1.0, 0.0]])]
+        (pair,) = built(rows, rule="segments", decided=0.5)
+        assert [c.labels["reward"] for c in pair.candidates] == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+        assert "1 pairs dropped as ties" in built.printed
+
+    def test_curriculum(self, built, tmp_path):
+        rows = [record("r", a=[1.0, 2.0, 4.0]), record("s", a=[5.0, 1.0])]
+        assert [r.id for r in built(rows, rule="curriculum", stages=2)] == ["r#2-0", "s#0-1"]
+        assert [r.id for r in records.read(tmp_path / "train-2.jsonl")] == ["r#2-1"]
+
+    def test_conditions(self, built):
+        made = [Candidate(sample=f"made{k}.png", origin={"seed": k, "condition": f"shown{k}.png"}) for k in range(2)]
+        row = Record(id="r", prompt="p", source="real.png", condition="asked.png", candidates=made)
+        first, second = built([row], reward={}, rule="conditions")
+        assert (first.id, second.id, first.condition) == ("r#0", "r#1", None)
+        assert {c.sample for c in first.candidates} == {"real.png"}
+        assert [(c.condition, c.labels["reward"]) for c in second.candidates] == [
+            ("asked.png", 1.0),
+            ("shown1.png", 0.0),
+        ]
+        with pytest.raises(UserError, match="generate with `extract`"):
+            built([row.model_copy(update={"candidates": [Candidate(sample="x.png")]})], reward={}, rule="conditions")
+        with pytest.raises(UserError, match="need its `source` picture and its `condition`"):
+            built([row.model_copy(update={"source": None})], reward={}, rule="conditions")
+
+    def test_an_imported_reward_takes_the_form_of_the_rule(self, built):
+        (pair,) = built([record("r", reward=[0.0, 1.0])], reward={"reward": 1.0}, soft=1.0)
+        assert pair.candidates[0].labels["reward"] == pytest.approx(p(1.0))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"rule": "unpaired"}, "needs `threshold`"),
+            ({"rule": "curriculum"}, "needs `stages`"),
+            ({"reward": {}}, "`reward` says which labels count"),
+            ({"rule": "conditions"}, "whose pairs need no reward"),
+            ({"rule": "unpaired", "threshold": 1.0, "ties": "keep"}, "has nothing to keep"),
+            ({"rule": "ranked", "constraints": {"a": 0.0}}, "`constraints` belongs to `rule: best_worst` or"),
+            ({"soft": "range"}, "`soft: range` needs rewards that differ"),
+        ],
+    )
+    def test_settings_that_do_not_fit(self, built, changes, message):
+        with pytest.raises(UserError, match=message):
+            built([record("r", a=[1.0, 1.0])], **changes)
+
+
+class TestPage:
+    def test_says_what_is_in_the_pool(self, tmp_path):
+        for name, value in (("0", 10), ("1", 200), ("2", 10)):
+            records.save_image(tmp_path / f"{name}.png", np.full((4, 6, 3), value, np.uint8))
+        rows = [record("r", a=[1.0, 2.0, 3.0], b=[3.0, 2.0, 5.0]), record("s", a=[1.0, 2.0, 0.0], b=[1.0, 2.0, 3.0])]
+        rows[1].candidates[0] = rows[1].candidates[0].model_copy(update={"errors": {"c": "timeout: x"}})
+        rows = [r.model_copy(update={"prompt": "<b>two words"}) for r in rows]
+        records.write(tmp_path / "scored.jsonl", rows)
+        build.run(
+            BuildConfig(records=str(tmp_path / "scored.jsonl"), out=str(tmp_path / "train.jsonl"), reward={"a": 1.0})
+        )
+        page = (tmp_path / "train.html").read_text()
+        plain = " ".join(page.split())
+        assert "<td>a, b</td><td>.50</td><td>6</td>" in page, "3 of 6 pairs are ordered alike"
+        assert "Of 6 candidates looked at, 4 are copies of another one, 2 of them within their record." in plain
+        assert "<td>6 × 4</td><td>6</td>" in page
+        assert "<b>1</b> prompts occur more than once" in page
+        assert "c: all 1 candidates failed" in page
+        assert "<td>unknown</td><td>6</td> <td>1.500</td><td>2.667</td>" in plain
+        assert "<script" not in page
+
+    def test_can_be_left_out(self, tmp_path):
+        records.write(tmp_path / "scored.jsonl", [record("r", a=[1.0, 2.0])])
+        settings = {
+            "records": str(tmp_path / "scored.jsonl"),
+            "out": str(tmp_path / "train.jsonl"),
+            "reward": {"a": 1.0},
+        }
+        build.run(BuildConfig(**settings, page=False))
+        assert not (tmp_path / "train.html").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffalign import charts, records, report
+from diffalign import charts, pages, records, report
 from diffalign.config import ReportConfig
 from diffalign.errors import UserError
 from diffalign.records import Record
@@ -320,4 +320,4 @@ class TestDistributions:
     ("seconds", "text"), [(4.21, "4.2 s"), (59.99, "1 min 0 s"), (204.2, "3 min 24 s"), (7500, "2 h 5 min")]
 )
 def test_duration(seconds, text):
-    assert report.duration(seconds) == text
+    assert pages.duration(seconds) == text

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign import build, draws
+from diffalign import draws, rewards
 from diffalign.likelihood import denoising_error
 from diffalign.objectives import diffusion, ranked
 from diffalign.objectives.pair import oriented_margin
@@ -106,7 +106,7 @@ def _aggregated(inputs: Given) -> Tensor:
         candidates = [
             Candidate(text="", labels=dict(zip(names, column, strict=True))) for column in zip(*scores, strict=True)
         ]
-        rows.append(build.combine(Record(id="0", prompt="", candidates=candidates), names, "wins"))
+        rows.append(rewards.combine(Record(id="0", prompt="", candidates=candidates), names, "wins"))
     return torch.tensor(rows, dtype=torch.float64)
 
 

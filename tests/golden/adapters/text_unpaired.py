@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign import build, diagnostics, games, merging, token_credit
+from diffalign import choices, diagnostics, games, merging, token_credit
 from diffalign.likelihood import geometric_mixture
 from diffalign.objectives import pointwise, values
 from diffalign.types import LogProbs
@@ -181,7 +181,7 @@ def text_multiturn(params: Given, inputs: Given) -> dict[str, Any]:
 def text_curriculum_pairs(params: Given, inputs: Given) -> dict[str, Any]:
     stages = [[] for _ in range(params("num_stages"))]
     for row, scores in enumerate(inputs("scores")):
-        for stage, pair in zip(stages, build.curriculum(scores, len(stages)), strict=True):
+        for stage, pair in zip(stages, choices.curriculum(scores, len(stages)), strict=True):
             if pair is not None:
                 stage.append([row, *pair, scores[pair[0]] - scores[pair[1]]])
     return {"stages": stages}
