@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 64_000_000
 # what broken files raise in PIL
-_DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
+DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
 
 
 class _Model(BaseModel):
@@ -108,7 +108,7 @@ def _require_finite(value: Any, where: str = "") -> None:
         raise ValueError(f"{where} is {value}, not a finite number")
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """A validation error as one line."""
     parts = []
     for item in error.errors():
@@ -131,7 +131,7 @@ def _parse_line(line: bytes, where: str) -> Record:
     try:
         return Record.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{where}: {name}{_explain(error)}") from None
+        raise UserError(f"{where}: {name}{explain(error)}") from None
 
 
 def _parse(handle: BinaryIO, path: Path) -> Iterator[Record]:
@@ -289,7 +289,7 @@ def read_image(root: Path, relative: str, *, keep_alpha: bool = False) -> Image.
                     return _flatten(ImageOps.exif_transpose(image), keep_alpha)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pass
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise UserError(f"{path}: truncated or not an image: {error}") from None
     raise UserError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down")
 

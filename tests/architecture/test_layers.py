@@ -17,14 +17,14 @@ LEVELS = (
     },
     {
         *("files", "families", "weights", "kohya", "records", "results", "importers", "scoring", "worlds"),
-        *("media", "networks", "mesh", "foreign", "sharding"),
+        *("media", "networks", "mesh", "foreign", "sharding", "parquet"),
     },
     {"estimate", "samplers", "draws"},
     {"methods"},
     {"config", "configfile"},
     {
         *("generate", "score", "build", "encoding", "dataset", "bank", "textset", "train", "evaluate"),
-        *("label", "report", "doctor", "quickstart", "export", "predict"),
+        *("label", "report", "doctor", "quickstart", "export", "predict", "importing"),
     },
     {"cli", "__main__"},
 )
@@ -44,7 +44,8 @@ SIDEWAYS = {
     "families": {"media", "networks", "foreign"},
     "kohya": {"weights"},
     "scoring": {"records"},
-    "importers": {"records", "files"},
+    "importers": {"records", "files", "parquet"},
+    "parquet": {"records", "files"},
     "mesh": {"files"},
     "draws": {"estimate"},
     "textset": {"dataset"},
