@@ -82,9 +82,10 @@ def _import(config: ImportConfig, source: Path, shelf: Shelf, path: Path) -> tup
             batch.append(item)
             if len(batch) == BATCH:
                 output.append(batch)
-                progress.advance(task, len(batch))
+                progress.update(task, completed=len(output.done))
                 batch = []
         output.append(batch)
+        progress.update(task, completed=len(output.done))
         return counts, len(output.done)
 
 

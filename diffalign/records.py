@@ -97,7 +97,7 @@ def plain_text(content: str | Sequence[Message]) -> str:
 
 
 def _require_finite(value: Any, where: str = "") -> None:
-    """Refuse NaN and infinity anywhere in a JSON value; ``ValueError`` names the place, e.g. ``labels.clip``."""
+    """Refuse NaN, infinity and bytes anywhere in a JSON value; ``ValueError`` names the place, e.g. ``labels.clip``."""
     if isinstance(value, dict):
         for key, inner in value.items():
             _require_finite(inner, f"{where}.{key}" if where else str(key))
@@ -106,6 +106,8 @@ def _require_finite(value: Any, where: str = "") -> None:
             _require_finite(inner, f"{where}.{index}")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is {value}, not a finite number")
+    elif isinstance(value, bytes):
+        raise ValueError(f"{where} is bytes, which JSON cannot express")
 
 
 def explain(error: ValidationError) -> str:

@@ -69,8 +69,8 @@ class Shelf:
         Raises:
             UserError: the path leaves the folder, there is no such file, or it is neither a picture nor a clip.
         """
-        if not isinstance(relative, str):
-            raise UserError(f"expected the path of a file, found {type(relative).__name__}")
+        if not isinstance(relative, str) or not relative.isprintable():
+            raise UserError(f"expected the path of a file, found {str(relative)[:40]!r}")
         path = media_path(self.root, relative)
         if not path.is_file():
             raise UserError(f"{path}: no such file")
