@@ -225,4 +225,9 @@ def _turns(row: dict[str, Any], key: str) -> str | list[Message] | None:
 
 
 def _restored(file: dict[str, Any] | None, restore: Callable[[str, bytes], str]) -> str | None:
-    return None if file is None else restore(file["path"], file["bytes"])
+    if file is None:
+        return None
+    path, content = file["path"], file["bytes"]
+    if not isinstance(path, str) or not isinstance(content, bytes):
+        raise TypeError("media are bytes with a path")
+    return restore(path, content)

@@ -40,9 +40,10 @@ def videoalign(name: str, row: dict[str, Any], shelf: Shelf) -> Record:
     """A pair with labels ``VQ``, ``MQ`` and ``TA``: 1 and 0, or 0.5 for both; `build` weighs them into a reward."""
     labels: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for key in ("VQ", "MQ", "TA"):
-        if row[key] not in SIDES:
-            raise UserError(f"{key}: {str(row[key])[:40]!r} is none of {', '.join(SIDES)}")
-        for side, value in zip(labels, SIDES[row[key]], strict=True):
+        verdict = text(row, key)
+        if verdict not in SIDES:
+            raise UserError(f"{key}: {verdict[:40]!r} is none of {', '.join(SIDES)}")
+        for side, value in zip(labels, SIDES[verdict], strict=True):
             side[key] = value
     candidates = [
         Candidate(
