@@ -1,6 +1,6 @@
 """A million records through ``diffalign import``, and once more to resume: records per second and peak memory.
 
-    python benchmarks/import_million.py                 # about five minutes on one CPU core
+    python benchmarks/import_million.py                 # about four minutes on one CPU core
     python benchmarks/import_million.py --records 20000
 
 Made data in two published layouts: Pick-a-Pic as parquet shards with a thousand distinct small JPEGs, so that the time
@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=1_000_000)
     n = parser.parse_args().records
-    with tempfile.TemporaryDirectory(dir=".") as held:
+    with tempfile.TemporaryDirectory() as held:
         folder = Path(held)
         rows = [
             row("Pick-a-Pic, parquet", "pickapic", pickapic(folder / "pickapic", n), folder / "a", n),

@@ -39,12 +39,12 @@ def run(config: ImportConfig, dry_run: bool = False) -> Path:
         raise UserError(f"out: {out} lies in the source {source}; choose a folder beside it")
     root = Path(config.root) if config.root else source if source.is_dir() else source.parent
     shelf = Shelf(out, root, link=config.link, write=not dry_run)
-    if dry_run:
-        _preview(config, source, shelf)
-        return out / RECORDS
     path = out / RECORDS
     identity = {**config.model_dump(mode="json", include={"format", "split", "limit"}), "files": _files(source)}
-    claim(path, identity, out / "media")
+    claim(path, identity, out / "media", write=not dry_run)
+    if dry_run:
+        _preview(config, source, shelf)
+        return path
     write_json(sidecar_of(path), {**identity, "count": None})
     counts, total = _import(config, source, shelf, path)
     if not total:

@@ -13,7 +13,7 @@ from diffalign.importers.fields import array, known, number, text
 from diffalign.importers.shelf import Shelf
 from diffalign.records import Candidate, Record
 
-CHOICES = (0.0, 0.5, 1.0)
+CHOICES = (None, (1.0, 0.0), (0.0, 1.0), (0.5, 0.5))
 RATINGS = ("overall_rating", "image_text_alignment_rating", "fidelity_rating")
 
 
@@ -24,11 +24,12 @@ def pickapic(name: str, row: dict[str, Any], shelf: Shelf) -> Record:
     become the label ``ps_score``.
     """
     unlabelled = row.get("has_label") is False and row["label_0"] is None and row["label_1"] is None
+    choice = None if unlabelled else (number(row, "label_0"), number(row, "label_1"))
+    if choice not in CHOICES:
+        raise UserError(f"label_0, label_1: {choice} is none of {', '.join(map(str, CHOICES[1:]))}")
     candidates = []
     for side in "01":
-        labels: dict[str, Any] = {} if unlabelled else {"reward": number(row, f"label_{side}")}
-        if labels and labels["reward"] not in CHOICES:
-            raise UserError(f"label_{side}: {labels['reward']} is none of 0, 0.5, 1")
+        labels: dict[str, Any] = {} if choice is None else {"reward": choice[int(side)]}
         if row.get(f"ps_score_{side}") is not None:
             labels["ps_score"] = number(row, f"ps_score_{side}")
         sides = {"model": f"model_{side}", "uid": f"image_{side}_uid", "url": f"image_{side}_url"}

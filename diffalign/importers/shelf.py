@@ -69,8 +69,10 @@ class Shelf:
         Raises:
             UserError: the path leaves the folder, there is no such file, or it is neither a picture nor a clip.
         """
-        if not isinstance(relative, str) or not relative.isprintable():
-            raise UserError(f"expected the path of a file, found {str(relative)[:40]!r}")
+        try:
+            relative.encode()
+        except (AttributeError, UnicodeEncodeError):  # no text, or a file name that is not UTF-8
+            raise UserError(f"expected the path of a file, found {str(relative)[:40]!r}") from None
         path = media_path(self.root, relative)
         if not path.is_file():
             raise UserError(f"{path}: no such file")

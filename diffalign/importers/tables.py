@@ -145,7 +145,11 @@ def _object(value: Any, text: str) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """The objects of a list, decoded one by one."""
+    """The objects of a list, decoded one by one; a file that begins with an object has one per line."""
+    with path.open("rb") as handle:
+        if handle.read(CHUNK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+            yield from _jsonl(path)
+            return
     decoder = json.JSONDecoder()
     try:
         with path.open(encoding="utf-8-sig") as handle:

@@ -89,6 +89,19 @@ def test_dry_run_writes_nothing(cli, refused, words, tmp_path):
     assert "6 records, 12 candidates, 2 ties, 1 skipped" in outcome.out
     refused(*words, "--dry-run", names=["row 4: a picture: truncated"])
     assert not (tmp_path / "out").exists()
+    cli(*words, "on_error=skip")
+    refused(*words, "limit=3", "--dry-run", names=["was made with different limit"])
+
+
+def test_names_that_are_no_text(cli, tmp_path):
+    """A file name that is not UTF-8 cannot be written into a record."""
+    for side in ("w", "l"):
+        published.put(tmp_path / "data" / side / "fine.png")
+        published.put(tmp_path / "data" / side / "bad\udcff.png")
+    for name in ("fine", "bad\udcff"):
+        (tmp_path / f"data/w/{name}.txt").write_text("a cat")
+    outcome = cli("import", "format=folders", f"source={tmp_path / 'data'}", f"out={tmp_path / 'out'}", "on_error=skip")
+    assert "wrote 1 records, 2 candidates, 0 ties, 1 skipped" in outcome.out
 
 
 def test_what_cannot_be_imported(refused, words, source, tmp_path):

@@ -119,7 +119,7 @@ DEEP = "[" * 100_000
     ("name", "content"),
     [
         ("a.json", b""),
-        ("a.json", b"{}"),
+        ("a.json", b"3"),
         ("a.json", b'[{"prompt": "a"}'),
         ("a.json", b'[{"prompt": "a"}, 3]'),
         ("a.json", b'[{"prompt": "a", \xff}]'),
@@ -170,6 +170,11 @@ def test_broken_lines_do_not_end_a_file(data):
     rows = plain(data / "b.csv")
     assert rows[0] == {"a": "1", "b": "2"}
     assert [str(row) for row in rows[1:]] == ["b.csv: more or fewer fields than the header"] * 2
+
+
+def test_lines_may_be_called_json(data):
+    jsonl(data / "a.json", [{"i": 0}, {"i": 1}])
+    assert plain(data / "a.json") == [{"i": 0}, {"i": 1}]
 
 
 def test_half_a_character_in_a_list(data):

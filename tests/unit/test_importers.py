@@ -64,7 +64,8 @@ class TestPickapic:
     @pytest.mark.parametrize(
         ("changes", "reason"),
         [
-            ({"label_0": 0.7}, "label_0: 0.7 is none of 0, 0.5, 1"),
+            ({"label_0": 0.7}, "label_0, label_1: (0.7, 0.0) is none of (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)"),
+            ({"label_1": 1.0}, "label_0, label_1: (1.0, 1.0) is none of"),
             ({"label_1": None}, "label_1: expected a number, found 'None'"),
             ({"jpg_0": b"no picture"}, "truncated, or neither JPEG, PNG nor WebP"),
             ({"jpg_1": None}, "expected the bytes of a picture, found NoneType"),
