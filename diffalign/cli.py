@@ -158,15 +158,15 @@ def _is_checkpoint(word: str) -> bool:
     return not word.startswith("--") and not OVERRIDE.match(word) and not word.endswith((".yaml", ".yml"))
 
 
-def _split(verb: str, words: Sequence[str]) -> tuple[str, list[str]]:
-    """The config file and the overrides among the plain words of a command line."""
+def _split(verb: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The config file, if any, and the overrides among the plain words of a command line."""
     overrides = [word for word in words if OVERRIDE.match(word)]
     files = [word for word in words if word not in overrides]
     if len(files) > 1:
         raise UserError(f"expected one config file, got {' and '.join(map(repr, files))}; overrides are key.path=value")
-    if not files and verb not in DEFAULT_CONFIG:
+    if not words and verb not in DEFAULT_CONFIG:
         raise UserError(f"`diffalign {verb}` needs a config file: diffalign {verb} config.yaml [key.path=value ...]")
-    return (files[0] if files else DEFAULT_CONFIG[verb]), overrides
+    return (files[0] if files else DEFAULT_CONFIG.get(verb)), overrides
 
 
 # --- help ---------------------------------------------------------------------------------------------------------
@@ -191,9 +191,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if model is not None:
-        config = "[config.yaml]" if verb in DEFAULT_CONFIG else "config.yaml"
         more = {"train": "[--resume [latest|PATH]]", "quickstart": "[--text]"}.get(verb, "")
-        parser.usage = f"diffalign {verb} {config} [key.path=value ...] [--dry-run] {more}"
+        parser.usage = f"diffalign {verb} [config.yaml] [key.path=value ...] [--dry-run] {more}"
         parser.epilog = f"config keys:\n{_table(model)}"
         parser.add_argument("words", nargs="*", metavar="config.yaml, key.path=value", help="a config, changes to it")
         parser.add_argument("--dry-run", action="store_true", help="check everything and say what would be done")

@@ -125,6 +125,38 @@ class GenerateConfig(Strict):
     out: str = Field(description="folder for records.jsonl and media/")
 
 
+class ImportConfig(Strict):
+    """`diffalign import`: a published data set, or a folder of pictures -> records."""
+
+    format: Literal[
+        "pickapic",
+        "hpdv2",
+        "hpdv3",
+        "imagereward",
+        "videofeedback",
+        "videoalign",
+        "ultrafeedback",
+        "trl",
+        "d3po",
+        "folders",
+        "jsonl",
+        "geneval",
+        "prompts",
+        "parquet",
+    ] = Field(description="the layout of the source; parquet is what `diffalign export` writes")
+    source: str = Field(description="a file of the data set, or its folder")
+    out: str = Field(description="folder for records.jsonl and media/")
+    root: str | None = Field(
+        default=None, description="folder that the paths in the data set are relative to; default: that of the source"
+    )
+    split: str | None = Field(default=None, description="which of the source's splits; needed where it has several")
+    limit: int | None = Field(default=None, gt=0, description="the first so many rows")
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop", description="at a broken row; skipped ones are listed in records.jsonl.skipped.jsonl"
+    )
+    link: bool = Field(default=False, description="hard links to local media instead of copies")
+
+
 class ScorerConfig(Strict):
     """One scorer and the label it writes."""
 
@@ -266,13 +298,16 @@ class TrainConfig(Strict):
 
 
 class ExportConfig(Strict):
-    """`diffalign export`: what `train` wrote -> the files that other programs read."""
+    """`diffalign export`: what `train` wrote, or records -> the files that other programs read."""
 
-    model: ModelConfig
-    weights: str = Field(description="a run directory, or the folder of final weights in it")
-    format: Literal["diffusers", "peft", "lora", "kohya"] = Field(
-        description="a whole diffusers or transformers folder, a PEFT adapter, a diffusers LoRA, or kohya / ComfyUI"
+    format: Literal["diffusers", "peft", "lora", "kohya", "parquet"] = Field(
+        description="weights: a whole diffusers or transformers folder, a PEFT adapter, a diffusers LoRA, or kohya / "
+        "ComfyUI; records: parquet files with their media inside"
     )
+    model: ModelConfig | None = Field(default=None, description="weights: the model they belong to")
+    weights: str | None = Field(default=None, description="a run directory, or the folder of final weights in it")
+    records: str | None = Field(default=None, description="parquet: a records file")
+    shard_size: int = Field(default=500, gt=0, description="parquet: megabytes per file, about")
     out: str = Field(description="new folder")
 
 
@@ -352,11 +387,16 @@ class QuickstartConfig(Strict):
 
 VERBS: dict[str, tuple[type[Strict] | None, str, str]] = {
     "quickstart": (QuickstartConfig, "diffalign.quickstart:run", "the whole job on the embedded default"),
+    "import": (ImportConfig, "diffalign.importing:run", "published data sets and folders -> records"),
     "generate": (GenerateConfig, "diffalign.generate:run", "prompts x seeds -> candidates on disk"),
     "score": (ScoreConfig, "diffalign.score:run", "candidates -> candidates with labels"),
     "build": (BuildConfig, "diffalign.build:run", "scored candidates -> pairs or rankings"),
     "train": (TrainConfig, "diffalign.train.offline:run", "records -> aligned weights"),
-    "export": (ExportConfig, "diffalign.export:run", "aligned weights -> diffusers, PEFT, LoRA or kohya files"),
+    "export": (
+        ExportConfig,
+        "diffalign.export:run",
+        "weights -> diffusers, PEFT, LoRA or kohya; records -> parquet",
+    ),
     "eval": (EvalConfig, "diffalign.evaluate:run", "GenEval-style table, paired with a baseline"),
     "report": (ReportConfig, "diffalign.report:run", "run folders -> one HTML page"),
     "list": (None, "diffalign.doctor:list_command", "methods, objectives, shapings, families, scorers"),

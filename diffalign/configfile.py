@@ -165,23 +165,28 @@ def validate(model: type[C], content: Mapping[str, Json], source: str = "config"
         raise ConfigError(_explain(error, model, source)) from None
 
 
-def load(model: type[C], name: str | Path, overrides: Sequence[str] = ()) -> C:
-    """Read, extend, override and validate one config file.
+def load(model: type[C], name: str | Path | None, overrides: Sequence[str] = ()) -> C:
+    """Read, extend, override and validate one config file; without one the overrides are the config.
 
     Raises:
         ConfigError: the file, a key or a value cannot be used.
     """
-    path = find(str(name))
-    content = _read_yaml(path)
-    parent = content.pop("extends", None)
-    if parent is not None:
-        base = _read_yaml(find(str(path.parent / str(parent))))
-        if "extends" in base:
-            raise ConfigError(f"{path}: extends {parent}, which itself extends another file; one level only")
-        content = _merge(base, content)
+    path = None if name is None else find(str(name))
+    content = {} if path is None else _read_extended(path)
     for override in overrides:
         _apply_override(model, content, override)
-    return validate(model, content, str(path))
+    return validate(model, content, "command line" if path is None else str(path))
+
+
+def _read_extended(path: Path) -> dict[str, Json]:
+    content = _read_yaml(path)
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    base = _read_yaml(find(str(path.parent / str(parent))))
+    if "extends" in base:
+        raise ConfigError(f"{path}: extends {parent}, which itself extends another file; one level only")
+    return _merge(base, content)
 
 
 def dump(config: Strict) -> str:

@@ -1,4 +1,7 @@
-"""`diffalign export`: what a run trained -> files that other programs read, reloaded and compared before they count."""
+"""`diffalign export`: what a run trained -> files that other programs read, reloaded and compared before they count.
+
+Records are exported too, as parquet; :mod:`diffalign.parquet` writes those.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffalign import kohya
-from diffalign.config import ExportConfig
+from diffalign import kohya, parquet
+from diffalign.config import ExportConfig, ModelConfig
 from diffalign.errors import UserError
 from diffalign.families.base import family_class, load_family
 from diffalign.files import replacing_folder
@@ -44,15 +47,45 @@ def run(config: ExportConfig, dry_run: bool = False) -> Path:
     out = Path(config.out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out: {out} is there already; choose another")
-    kind = family_class(config.model.family)
-    if config.model.adapter is not None:
-        raise UserError("model.adapter: give the base model alone, and its LoRA as `weights`")
-    source = find_weights(Path(config.weights), kind)
-    _check_format(config.format, kind, source)
+    _check_keys(config)
+    if config.records is not None:
+        return _export_records(Path(config.records), out, config.shard_size, dry_run)
+    model, weights = config.model, config.weights
+    assert model is not None
+    assert weights is not None
+    return _export_weights(model, Path(weights), config.format, out, dry_run)
+
+
+def _check_keys(config: ExportConfig) -> None:
+    """What is exported, and nothing else, must be given."""
+    wanted = {"records"} if config.format == "parquet" else {"model", "weights"}
+    given = {key for key in ("model", "weights", "records") if getattr(config, key) is not None}
+    if given != wanted:
+        names = " and ".join(f"`{key}`" for key in sorted(wanted))
+        raise UserError(f"format: {config.format} takes {names}; given: {', '.join(sorted(given)) or 'none'}")
+
+
+def _export_records(source: Path, out: Path, shard_size: int, dry_run: bool) -> Path:
+    contents = parquet.survey(source)
+    what = f"{contents.count} records with {', '.join(contents.labels) or 'no labels'}"
     if dry_run:
-        print(f"would export {source.folder} as {config.format} into {out}")
+        print(f"would write {what} as parquet into {out}")
         return out
-    model = config.model
+    with replacing_folder(out) as folder:
+        files = parquet.write(source, folder, contents, shard_size * 10**6)
+    print(f"wrote {what} to {files} parquet files in {out}")
+    return out
+
+
+def _export_weights(model: ModelConfig, weights: Path, form: str, out: Path, dry_run: bool) -> Path:
+    kind = family_class(model.family)
+    if model.adapter is not None:
+        raise UserError("model.adapter: give the base model alone, and its LoRA as `weights`")
+    source = find_weights(weights, kind)
+    _check_format(form, kind, source)
+    if dry_run:
+        print(f"would export {source.folder} as {form} into {out}")
+        return out
     family = load_family(model.family, model.path, model.device, loading=Loading(parts=model.parts))
     if source.is_lora:
         family.load_lora(source.folder)
@@ -60,14 +93,14 @@ def run(config: ExportConfig, dry_run: bool = False) -> Path:
         load_net(family.net, source.folder)
     trained = probe(family)
     with replacing_folder(out) as folder:
-        matched, wanted, again = FORMATS[config.format](family, folder, out.name)
+        matched, wanted, again = FORMATS[form](family, folder, out.name)
         if matched < wanted:
-            raise UserError(f"format: {config.format}: stock code reads only {matched} of {wanted} keys")
+            raise UserError(f"format: {form}: stock code reads only {matched} of {wanted} keys")
         difference = (probe(again) - trained).abs().max().item()
         relative = difference / max(trained.abs().max().item(), 1e-30)
         if not relative <= TOLERANCE:
-            raise UserError(f"format: {config.format}: the reloaded network differs by {relative:.1e} of its output")
-    print(f"wrote {source.folder} as {config.format} to {out}")
+            raise UserError(f"format: {form}: the reloaded network differs by {relative:.1e} of its output")
+    print(f"wrote {source.folder} as {form} to {out}")
     print(f"{matched} of {wanted} keys matched, largest difference of an output {difference:.1e} ({relative:.1e})")
     return out
 

@@ -157,6 +157,8 @@ def require_complete(source: Path, found: int) -> None:
         count = json.loads(sidecar.read_bytes())["count"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{sidecar}: not readable; delete it if {source.name} is complete") from None
+    if count is None:
+        raise UserError(f"{source}: is not finished; run the stage that writes it again")
     if found != count:
         way = f"run the stage that writes it again, or delete {sidecar.name} if that is intended"
         raise UserError(f"{source}: holds {found} of {count} records; {way}")

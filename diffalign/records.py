@@ -35,7 +35,7 @@ _KINDS = {
     **dict.fromkeys((".npz", ".ply", ".obj"), "mesh"),
 }
 # what broken files raise in PIL
-_DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
+DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
 
 
 class _Model(BaseModel):
@@ -103,7 +103,7 @@ def plain_text(content: str | Sequence[Message]) -> str:
 
 
 def _require_finite(value: Any, where: str = "") -> None:
-    """Refuse NaN and infinity anywhere in a JSON value; ``ValueError`` names the place, e.g. ``labels.clip``."""
+    """Refuse NaN, infinity and bytes anywhere in a JSON value; ``ValueError`` names the place, e.g. ``labels.clip``."""
     if isinstance(value, dict):
         for key, inner in value.items():
             _require_finite(inner, f"{where}.{key}" if where else str(key))
@@ -112,9 +112,11 @@ def _require_finite(value: Any, where: str = "") -> None:
             _require_finite(inner, f"{where}.{index}")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is {value}, not a finite number")
+    elif isinstance(value, bytes):
+        raise ValueError(f"{where} is bytes, which JSON cannot express")
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """A validation error as one line."""
     parts = []
     for item in error.errors():
@@ -137,7 +139,7 @@ def _parse_line(line: bytes, where: str) -> Record:
     try:
         return Record.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{where}: {name}{_explain(error)}") from None
+        raise UserError(f"{where}: {name}{explain(error)}") from None
 
 
 def _parse(handle: BinaryIO, path: Path) -> Iterator[Record]:
@@ -311,7 +313,7 @@ def read_image(root: Path, relative: str, *, keep_alpha: bool = False) -> Image.
                     return _flatten(ImageOps.exif_transpose(image), keep_alpha)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pass
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise UserError(f"{path}: truncated or not an image: {error}") from None
     raise UserError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down")
 

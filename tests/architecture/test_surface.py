@@ -14,6 +14,7 @@ from diffalign import config, configfile
 def test_verbs_are_pinned():
     assert list(config.VERBS) == [
         "quickstart",
+        "import",
         "generate",
         "score",
         "build",
