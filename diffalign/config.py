@@ -9,211 +9,50 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from diffalign.config_data import (
+    BuildConfig,
+    ExtractorConfig,
+    GenerateConfig,
+    ImportConfig,
+    ScoreConfig,
+    SourceConfig,
+)
+from diffalign.config_parts import (
+    DecodingConfig,
+    LoraConfig,
+    ModelConfig,
+    PromptsConfig,
+    SamplingConfig,
+    ScorerConfig,
+)
 from diffalign.configfile import Strict
 
+__all__ = [
+    "VERBS",
+    "BuildConfig",
+    "DataConfig",
+    "DecodingConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "ExtractorConfig",
+    "GenerateConfig",
+    "ImportConfig",
+    "LoraConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PromptsConfig",
+    "QuickstartConfig",
+    "ReportConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "ScoreConfig",
+    "ScorerConfig",
+    "SourceConfig",
+    "TrainConfig",
+]
+
 Json = Any
-
-
-class LoraConfig(Strict):
-    """A low-rank adapter on the trained network."""
-
-    rank: int = Field(default=16, gt=0, description="rank of the update")
-    alpha: int | None = Field(default=None, gt=0, description="scale numerator; default: the rank (scale 1)")
-    targets: list[str] | None = Field(default=None, description="module name endings; default: the family's own list")
-    start: str | None = Field(
-        default=None,
-        description="train on from the LoRA in this folder, with its rank and targets; it is the reference",
-    )
-
-
-class ModelConfig(Strict):
-    """Which network, from where, in which form."""
-
-    family: str = Field(description="a family name, see `diffalign list families`")
-    path: str = Field(
-        description="a diffusers or transformers folder, a Hub id, `embedded:shapes` or `embedded:puzzles`"
-    )
-    adapter: str | None = Field(default=None, description="LoRA folder to load on top (generation and evaluation)")
-    lora: LoraConfig | None = Field(default=None, description="train a LoRA; without it the full network trains")
-    others: dict[str, str] = Field(
-        default_factory=dict, description="training: role -> folder of a frozen model, or of an adapter of this one"
-    )
-    parts: dict[str, str] = Field(
-        default_factory=dict, description="component of the pipeline -> a folder or Hub id to take it from instead"
-    )
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 ...")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="of what does not train; a VAE and what trains stay in float32"
-    )
-    quant: Literal["nf4", "int8"] | None = Field(
-        default=None, description="weights of the frozen network under a LoRA in 4 or 8 bits (bitsandbytes)"
-    )
-    attention: str | None = Field(
-        default=None, description="xformers, flash, sage ... as diffusers names them; default: torch's own"
-    )
-    compile: bool = Field(default=False, description="training: torch.compile the repeated blocks")
-    checkpointing: bool = Field(default=False, description="training: less memory, a third more time")
-
-
-class SamplingConfig(Strict):
-    """How images are sampled."""
-
-    sampler: str = "euler"
-    steps: int = Field(default=20, gt=0)
-    guidance: float = Field(default=1.0, ge=0, description="1 = no classifier-free guidance")
-    size: tuple[int, int] | tuple[int, int, int] | None = Field(
-        default=None, description="height, width in pixels (frames before them for clips); default: the model's own"
-    )
-    batch: int = Field(default=64, gt=0, description="samples per forward")
-
-
-class DecodingConfig(Strict):
-    """How text is sampled."""
-
-    temperature: float = Field(default=1.0, ge=0, description="0 = greedy")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus: the smallest set of tokens of this mass")
-    max_tokens: int = Field(default=256, gt=0, description="longest completion")
-    batch: int = Field(default=64, gt=0, description="completions per forward")
-
-
-class PromptsConfig(Strict):
-    """Where prompts come from."""
-
-    source: str = Field(description="`shapes:train`, `puzzles:heldout`, a .txt (a prompt per line) or a .jsonl file")
-    per_task: int | None = Field(default=None, gt=0, description="so many prompts of every task, cycling if needed")
-    limit: int | None = Field(default=None, gt=0, description="at most this many prompts")
-
-
-class SourceConfig(Strict):
-    """One of several makers of candidates: what it does not say is as at the top."""
-
-    model: ModelConfig | None = None
-    candidates: int | None = Field(default=None, gt=0)
-    sampling: SamplingConfig | None = Field(default=None, description="keys to change")
-    decoding: DecodingConfig | None = Field(default=None, description="keys to change")
-    seed: int | None = Field(default=None, description="with the seed of another source, both start from one noise")
-
-
-class ExtractorConfig(Strict):
-    """What reads a condition off a picture."""
-
-    name: str = Field(description="canny, depth ..., see `diffalign list extractors`")
-    params: dict[str, Json] = Field(default_factory=dict)
-
-
-class GenerateConfig(Strict):
-    """`diffalign generate`: prompts x seeds -> records; images follow ``sampling``, texts ``decoding``."""
-
-    model: ModelConfig
-    prompts: PromptsConfig
-    candidates: int = Field(default=4, gt=0, description="samples per prompt")
-    sampling: SamplingConfig = SamplingConfig()
-    decoding: DecodingConfig = DecodingConfig()
-    seed: int = 0
-    sources: dict[str, SourceConfig] = Field(
-        default_factory=dict, description="name -> model, sampler, guidance ... that makes candidates of every prompt"
-    )
-    strength: tuple[float, float] | None = Field(
-        default=None,
-        description="start from each record's `source`, noised to one level drawn from this range (DenseDPO's pairs)",
-    )
-    extract: ExtractorConfig | None = Field(
-        default=None, description="read the condition that each sample shows (pairs of conditions, see `build`)"
-    )
-    engine: Literal["local", "ray"] = Field(default="local", description="ray: workers on this machine or a cluster")
-    workers: int = Field(default=1, gt=0, description="ray: how many hold the model")
-    out: str = Field(description="folder for records.jsonl and media/")
-
-
-class ImportConfig(Strict):
-    """`diffalign import`: a published data set, or a folder of pictures -> records."""
-
-    format: Literal[
-        "pickapic",
-        "hpdv2",
-        "hpdv3",
-        "imagereward",
-        "videofeedback",
-        "videoalign",
-        "ultrafeedback",
-        "trl",
-        "d3po",
-        "folders",
-        "jsonl",
-        "geneval",
-        "prompts",
-        "parquet",
-    ] = Field(description="the layout of the source; parquet is what `diffalign export` writes")
-    source: str = Field(description="a file of the data set, or its folder")
-    out: str = Field(description="folder for records.jsonl and media/")
-    root: str | None = Field(
-        default=None, description="folder that the paths in the data set are relative to; default: that of the source"
-    )
-    split: str | None = Field(default=None, description="which of the source's splits; needed where it has several")
-    limit: int | None = Field(default=None, gt=0, description="the first so many rows")
-    on_error: Literal["stop", "skip"] = Field(
-        default="stop", description="at a broken row; skipped ones are listed in records.jsonl.skipped.jsonl"
-    )
-    link: bool = Field(default=False, description="hard links to local media instead of copies")
-
-
-class ScorerConfig(Strict):
-    """One scorer and the label it writes."""
-
-    name: str = Field(description="a scorer name, see `diffalign list scorers`, or `package.module:build`")
-    label: str | None = Field(default=None, description="label to write; default: the scorer's name")
-    params: dict[str, Json] = Field(default_factory=dict, description="keyword arguments of the scorer's build()")
-
-
-class ScoreConfig(Strict):
-    """`diffalign score`: records -> records with labels."""
-
-    records: str
-    out: str = Field(description="output .jsonl, in the folder of the input (media paths are relative to it)")
-    scorers: list[ScorerConfig] = Field(min_length=1)
-    batch: int = Field(default=256, gt=0)
-    failures: float = Field(
-        default=0.05, ge=0, le=1, description="stop when a scorer fails on more than this share of the candidates"
-    )
-    retry: bool = Field(default=False, description="the input was scored before: score what failed, keep the rest")
-    engine: Literal["local", "ray"] = Field(default="local", description="ray: workers on this machine or a cluster")
-    workers: int = Field(default=1, gt=0, description="ray: how many hold the scorers")
-
-
-class BuildConfig(Strict):
-    """`diffalign build`: scored candidates -> training records with `labels.reward`."""
-
-    records: str
-    out: str = Field(description="output .jsonl, in the folder of the input")
-    reward: dict[str, float] = Field(default_factory=dict, description="label -> weight; below 0: lower is better")
-    combine: Literal["sum", "zscore", "wins", "ranks", "majority", "pareto"] = Field(
-        default="sum",
-        description="weighted sum, of raw or pool-standardised labels; win counting (RankDPO), mean rank, majority "
-        "vote of the labels; Pareto: better on no label's cost",
-    )
-    rule: Literal["best_worst", "all_pairs", "ranked", "unpaired", "segments", "curriculum", "conditions"] = Field(
-        default="best_worst",
-        description="pairs, rankings, single candidates (KTO), pairs per segment of a clip (DenseDPO), pairs from "
-        "easy to hard (Curry-DPO), pairs of conditions (CPO)",
-    )
-    margin: float = Field(default=0.0, ge=0, description="reward differences up to this are ties")
-    ties: Literal["drop", "keep"] = Field(default="drop", description="keep: with equal rewards")
-    constraints: dict[str, float] = Field(
-        default_factory=dict, description="label -> how much the preferred one may lose on it; worse pairs are dropped"
-    )
-    soft: float | Literal["range"] | None = Field(
-        default=None,
-        description="rewards become probabilities, sigmoid(difference / this); range: that of the pool (SmPO, with "
-        "objective.kind: probability)",
-    )
-    per_prompt: int | None = Field(default=None, gt=0, description="all_pairs: keep the widest so many per prompt")
-    top: int | None = Field(default=None, gt=1, description="ranked: keep the best so many candidates")
-    threshold: float | None = Field(default=None, description="unpaired: above it is desirable, below it is not")
-    decided: float | None = Field(
-        default=None, ge=0, lt=1, description="segments: keep pairs with more than this share decided; default .2"
-    )
-    stages: int | None = Field(default=None, gt=1, description="curriculum: how many files, OUT-1.jsonl ...")
-    page: bool = Field(default=True, description="write a page of statistics beside the output")
 
 
 class DataConfig(Strict):

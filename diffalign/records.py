@@ -330,7 +330,7 @@ def image_size(root: Path, relative: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.size
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise UserError(f"{path}: truncated or not an image: {error}") from None
 
 

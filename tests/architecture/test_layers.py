@@ -21,7 +21,7 @@ LEVELS = (
     },
     {"estimate", "samplers", "draws"},
     {"methods"},
-    {"config", "configfile"},
+    {"config", "config_parts", "config_data", "configfile"},
     {
         *("generate", "prompts", "models", "score", "rewards", "choices", "build", "pool_page", "pages", "importing"),
         *("encoding", "dataset", "bank", "textset", "train", "evaluate"),
@@ -37,7 +37,9 @@ SIDEWAYS = {
     "transitions": {"schedule", "likelihood"},
     "edm": {"schedule"},
     "objectives": {"credit"},
-    "config": {"configfile"},
+    "config": {"configfile", "config_parts", "config_data"},
+    "config_data": {"configfile", "config_parts"},
+    "config_parts": {"configfile"},
     "records": {"files"},
     "weights": {"files", "sharding"},
     "sharding": {"networks"},
@@ -71,7 +73,7 @@ SIDEWAYS = {
 PURE = {"torch", "numpy", "diffalign", *sys.stdlib_module_names}
 HEAVY = {"diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "tensorboard"}
 NOT_IN_BASE = {"torchvision", "open_clip", "timm"}
-FAST = {"errors", "config", "configfile", "cli", "__main__"}
+FAST = {"errors", "config", "config_parts", "config_data", "configfile", "cli", "__main__"}
 PARTS = {
     ("diffalign.families.sdxl", "diffalign.families.sd"),
     ("diffalign.families.controlnet", "diffalign.families.sd"),
@@ -183,9 +185,10 @@ def test_the_rule_sees_every_kind_of_import(modules, name, code, allowed):
 
 
 def test_config_knows_only_errors(modules):
-    found = {item.module for name, item in inside(modules) if name == "diffalign.config"}
-    assert found <= {"diffalign.errors", "diffalign.configfile"}
-    assert {top for name, _, top in outside(modules) if name == "diffalign.config"} <= {"pydantic", "yaml"}
+    configs = {"diffalign.config", "diffalign.config_parts", "diffalign.config_data"}
+    found = {item.module for name, item in inside(modules) if name in configs}
+    assert found <= {"diffalign.errors", "diffalign.configfile", *configs}
+    assert {top for name, _, top in outside(modules) if name in configs} <= {"pydantic", "yaml"}
 
 
 def test_concrete_families_are_reached_by_name_only(modules):

@@ -1,0 +1,136 @@
+"""The configs of the verbs that make data. Imports neither torch nor diffusers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from diffalign.config_parts import DecodingConfig, ModelConfig, PromptsConfig, SamplingConfig, ScorerConfig
+from diffalign.configfile import Strict
+
+Json = Any
+
+
+class ImportConfig(Strict):
+    """`diffalign import`: a published data set, or a folder of pictures -> records."""
+
+    format: Literal[
+        "pickapic",
+        "hpdv2",
+        "hpdv3",
+        "imagereward",
+        "videofeedback",
+        "videoalign",
+        "ultrafeedback",
+        "trl",
+        "d3po",
+        "folders",
+        "jsonl",
+        "geneval",
+        "prompts",
+        "parquet",
+    ] = Field(description="the layout of the source; parquet is what `diffalign export` writes")
+    source: str = Field(description="a file of the data set, or its folder")
+    out: str = Field(description="folder for records.jsonl and media/")
+    root: str | None = Field(
+        default=None, description="folder that the paths in the data set are relative to; default: that of the source"
+    )
+    split: str | None = Field(default=None, description="which of the source's splits; needed where it has several")
+    limit: int | None = Field(default=None, gt=0, description="the first so many rows")
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop", description="at a broken row; skipped ones are listed in records.jsonl.skipped.jsonl"
+    )
+    link: bool = Field(default=False, description="hard links to local media instead of copies")
+
+
+class SourceConfig(Strict):
+    """One of several makers of candidates: what it does not say is as at the top."""
+
+    model: ModelConfig | None = None
+    candidates: int | None = Field(default=None, gt=0)
+    sampling: SamplingConfig | None = Field(default=None, description="keys to change")
+    decoding: DecodingConfig | None = Field(default=None, description="keys to change")
+    seed: int | None = Field(default=None, description="with the seed of another source, both start from one noise")
+
+
+class ExtractorConfig(Strict):
+    """What reads a condition off a picture."""
+
+    name: str = Field(description="canny, depth ..., see `diffalign list extractors`")
+    params: dict[str, Json] = Field(default_factory=dict)
+
+
+class GenerateConfig(Strict):
+    """`diffalign generate`: prompts x seeds -> records; images follow ``sampling``, texts ``decoding``."""
+
+    model: ModelConfig
+    prompts: PromptsConfig
+    candidates: int = Field(default=4, gt=0, description="samples per prompt")
+    sampling: SamplingConfig = SamplingConfig()
+    decoding: DecodingConfig = DecodingConfig()
+    seed: int = 0
+    sources: dict[str, SourceConfig] = Field(
+        default_factory=dict, description="name -> model, sampler, guidance ... that makes candidates of every prompt"
+    )
+    strength: tuple[float, float] | None = Field(
+        default=None,
+        description="start from each record's `source`, noised to one level drawn from this range (DenseDPO's pairs)",
+    )
+    extract: ExtractorConfig | None = Field(
+        default=None, description="read the condition that each sample shows (pairs of conditions, see `build`)"
+    )
+    engine: Literal["local", "ray"] = Field(default="local", description="ray: workers on this machine or a cluster")
+    workers: int = Field(default=1, gt=0, description="ray: how many hold the model")
+    out: str = Field(description="folder for records.jsonl and media/")
+
+
+class ScoreConfig(Strict):
+    """`diffalign score`: records -> records with labels."""
+
+    records: str
+    out: str = Field(description="output .jsonl, in the folder of the input (media paths are relative to it)")
+    scorers: list[ScorerConfig] = Field(min_length=1)
+    batch: int = Field(default=256, gt=0)
+    failures: float = Field(
+        default=0.05, ge=0, le=1, description="stop when a scorer fails on more than this share of the candidates"
+    )
+    retry: bool = Field(default=False, description="the input was scored before: score what failed, keep the rest")
+    engine: Literal["local", "ray"] = Field(default="local", description="ray: workers on this machine or a cluster")
+    workers: int = Field(default=1, gt=0, description="ray: how many hold the scorers")
+
+
+class BuildConfig(Strict):
+    """`diffalign build`: scored candidates -> training records with `labels.reward`."""
+
+    records: str
+    out: str = Field(description="output .jsonl, in the folder of the input")
+    reward: dict[str, float] = Field(default_factory=dict, description="label -> weight; below 0: lower is better")
+    combine: Literal["sum", "zscore", "wins", "ranks", "majority", "pareto"] = Field(
+        default="sum",
+        description="weighted sum, of raw or pool-standardised labels; win counting (RankDPO), mean rank, majority "
+        "vote of the labels; Pareto: better on no label's cost",
+    )
+    rule: Literal["best_worst", "all_pairs", "ranked", "unpaired", "segments", "curriculum", "conditions"] = Field(
+        default="best_worst",
+        description="pairs, rankings, single candidates (KTO), pairs per segment of a clip (DenseDPO), pairs from "
+        "easy to hard (Curry-DPO), pairs of conditions (CPO)",
+    )
+    margin: float = Field(default=0.0, ge=0, description="reward differences up to this are ties")
+    ties: Literal["drop", "keep"] = Field(default="drop", description="keep: with equal rewards")
+    constraints: dict[str, float] = Field(
+        default_factory=dict, description="label -> how much the preferred one may lose on it; worse pairs are dropped"
+    )
+    soft: float | Literal["range"] | None = Field(
+        default=None,
+        description="rewards become probabilities, sigmoid(difference / this); range: that of the pool (SmPO, with "
+        "objective.kind: probability)",
+    )
+    per_prompt: int | None = Field(default=None, gt=0, description="all_pairs: keep the widest so many per prompt")
+    top: int | None = Field(default=None, gt=1, description="ranked: keep the best so many candidates")
+    threshold: float | None = Field(default=None, description="unpaired: above it is desirable, below it is not")
+    decided: float | None = Field(
+        default=None, ge=0, lt=1, description="segments: keep pairs with more than this share decided; default .2"
+    )
+    stages: int | None = Field(default=None, gt=1, description="curriculum: how many files, OUT-1.jsonl ...")
+    page: bool = Field(default=True, description="write a page of statistics beside the output")
