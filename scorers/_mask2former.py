@@ -212,7 +212,7 @@ class Head(nn.Module):
         images, positions = [], []
         for level, x in enumerate(levels):
             images.append(x.flatten(2).transpose(1, 2) + self.level_embed.weight[level])
-            positions.append(sine_positions(*x.shape[2:], x.shape[1], x).flatten(1).T)
+            positions.append(sine_positions(x.shape[2], x.shape[3], x.shape[1], x).flatten(1).T)
         x = self.query_feat.weight.expand(len(features), -1, -1)
         places = self.query_embed.weight.expand(len(features), -1, -1)
         classes, masks = self._predict(x, features)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from scorers._mask2former import Mask2Former, Sizes, load
 from torch import Tensor
 
 from diffalign.errors import UserError
+from scorers._mask2former import Mask2Former, Sizes, load
 
 TINY = Sizes(
     embed=8,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from scorers._mask2former_images import boxes_of, detect, instances, prepare, resize, resized_size
 
 CPU = torch.device("cpu")
