@@ -5,11 +5,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from diffalign.scorers._mask2former import Mask2Former, Sizes, load
 from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.errors import UserError
-from scorers._mask2former import Mask2Former, Sizes, load
 
 TINY = Sizes(
     embed=8,

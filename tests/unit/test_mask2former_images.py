@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffalign.scorers._mask2former_images import boxes_of, detect, instances, prepare, resize, resized_size
 from PIL import Image
-
-from scorers._mask2former_images import boxes_of, detect, instances, prepare, resize, resized_size
 
 CPU = torch.device("cpu")
 
