@@ -60,8 +60,9 @@ def load_clip(model: str, weights: str, device: torch.device) -> Clip:
     except ImportError:
         raise UserError("open_clip is not installed: pip install 'diffalign[scorers]'") from None
     try:
+        quick = open_clip.get_pretrained_cfg(model, weights).get("quick_gelu", False)
         net, _, transform = open_clip.create_model_and_transforms(
-            model, pretrained=weights, device=device, force_quick_gelu="openai" in weights or "quickgelu" in model
+            model, pretrained=weights, device=device, force_quick_gelu=quick, require_pretrained=True
         )
         tokenize = open_clip.get_tokenizer(model)
     except (RuntimeError, OSError, ValueError, KeyError) as error:

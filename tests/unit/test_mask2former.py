@@ -100,6 +100,15 @@ def test_names_and_shapes_are_those_of_the_published_checkpoint():
     assert sum(p.numel() for p in net.parameters()) == 68_739_547  # transformers' 68,741,083 less a norm of 2 x 768
 
 
+def test_the_whole_network_stays_on_its_device():
+    """Meta tensors refuse to meet others; a 512 x 512 image comes in as 800 x 800."""
+    with torch.device("meta"):
+        net, images = Mask2Former().eval(), torch.empty(2, 3, 800, 800)
+    classes, masks = net(images)
+    assert classes.shape == (2, 100, 81)
+    assert masks.shape == (2, 100, 200, 200)
+
+
 def test_the_position_index_is_that_of_mmdet():
     """There: c_i + c_j with c = (2 w - 1) y + x, its columns reversed."""
     index = Mask2Former(TINY).get_buffer("backbone.stages.0.blocks.0.attn.w_msa.relative_position_index")
