@@ -10,9 +10,11 @@ from diffalign.scorers._colors import Clip, Colors, Cutout, load_clip
 from diffalign.scorers._mask2former_images import MEAN, STD
 from PIL import Image, ImageDraw
 
+from diffalign import records as store
+from diffalign.benchmarks import read_layout, summary, write_layout
 from diffalign.errors import UserError
 from diffalign.geneval import CLASSES, COLORS
-from diffalign.scoring import Failure, Sample, Score, load_scorer
+from diffalign.scoring import Failure, Sample, Score, load_scorer, score_records
 
 RGB = {"red": (255, 0, 0), "yellow": (255, 255, 0), "blue": (0, 0, 255)}
 
@@ -158,6 +160,34 @@ def test_an_item_without_sound_metadata_fails_alone(judge):
     assert [type(outcome) for outcome in found] == [Failure, Score, Failure]
     assert str(found[2]) == "input: the record's meta is not GenEval's: `tag` must be a text such as counting"
     assert "include.0: `class` must be one of person, bicycle" in found[0].reason
+
+
+def test_scored_records_become_the_benchmarks_results(judge, tmp_path):
+    """From a folder of GenEval's images through the judge back to one, and its summary."""
+    for name, image in (("a", drawn(LEFT)), ("b", drawn(BLUE)), ("c", drawn(LEFT, BLUE))):
+        image.save(tmp_path / f"{name}.png")
+    one, two = (
+        sample(drawn(), tag, *include).meta for tag, include in (("single_object", [DOG]), ("two_object", [DOG, CAT]))
+    )
+    records = [
+        store.Record(
+            id=str(i), prompt="a photo", meta=dict(meta), candidates=[store.Candidate(sample=f"{n}.png") for n in names]
+        )
+        for i, (meta, names) in enumerate(((one, "ab"), (two, "bac")))
+    ]
+    scored = score_records(records, tmp_path, {"geneval": judge()}, batch=2)
+    store.write(tmp_path / "scored.jsonl", scored)
+    write_layout(tmp_path / "scored.jsonl", tmp_path / "out", "geneval")
+    found = summary(tmp_path / "out/results.jsonl")
+    assert {tag: task["correct"] for tag, task in found["tasks"].items()} == {"single_object": 1, "two_object": 1}
+    assert found["overall"] == round((1 / 2 + 1 / 3) / 2, 5)
+    last = json.loads((tmp_path / "out/results.jsonl").read_text("utf-8").splitlines()[3])
+    assert last["reason"] == "expected cat>=1, found 0"
+    assert json.loads(last["details"])["dog"][0][:4] == [8.0, 8.0, 24.0, 24.0]
+    again = list(score_records(read_layout(tmp_path / "out"), tmp_path / "out", {"geneval": judge()}, batch=4))
+    before = list(store.read(tmp_path / "scored.jsonl"))
+    assert [[c.labels for c in r.candidates] for r in again] == [[c.labels for c in r.candidates] for r in before]
+    assert [r.meta for r in again] == [r.meta for r in before]
 
 
 @pytest.mark.parametrize(
