@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from diffalign.errors import UserError
+from diffalign.geneval import wrong_clause
 from diffalign.scoring import Sample, Score, Scorer
 
 Metric = Literal["correct", "strict", "graded"]
@@ -44,6 +45,7 @@ class _Shapes:
 
 
 def _check(sample: Sample) -> None:
+    from diffalign.worlds.shapes.prompts import COLORS, SHAPES
     from diffalign.worlds.shapes.render import SIZE
 
     if sample.image is None or sample.image.size != (SIZE, SIZE):
@@ -53,25 +55,8 @@ def _check(sample: Sample) -> None:
     if not isinstance(clauses, list) or not clauses:
         raise UserError(f"prompt {sample.prompt!r}: its record's meta has no GenEval `include`, which the judge reads")
     for index, clause in enumerate(clauses):
-        wrong = _complaint(clause, index)
+        wrong = wrong_clause(clause, index, SHAPES, tuple(COLORS))
         if wrong:
             raise UserError(f"prompt {sample.prompt!r}: meta.include.{index}: {wrong}")
     if len(clauses) > 2 or (len(clauses) == 2 and any(clause["count"] != 1 for clause in clauses)):
         raise UserError(f"prompt {sample.prompt!r}: meta.include: the judge reads one clause, or two of count 1")
-
-
-def _complaint(clause: Mapping[str, Any], index: int) -> str | None:
-    """What keeps the judge from reading a clause, if anything."""
-    from diffalign.worlds.shapes.prompts import COLORS, RELATIONS, SHAPES
-
-    if not isinstance(clause, Mapping) or clause.get("class") not in SHAPES:
-        return f"`class` must be one of {', '.join(SHAPES)}"
-    if not isinstance(clause.get("count"), int) or clause["count"] < 1:
-        return "`count` must be a positive integer"
-    if clause.get("color", "red") not in COLORS:
-        return f"`color` must be one of {', '.join(COLORS)}"
-    if "position" in clause:
-        relation, target = clause["position"]
-        if relation not in RELATIONS or target not in range(index):
-            return f"`position` must be one of {', '.join(RELATIONS)} and the index of an earlier clause"
-    return None

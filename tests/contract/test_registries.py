@@ -1,10 +1,12 @@
 """Every entry of a registry keeps its contract: objectives, methods, families, scorers."""
 
+import importlib
 import inspect
 import re
 
 import pytest
 
+from diffalign.errors import UserError
 from diffalign.families._pipeline import DiffusersFamily
 from diffalign.families.base import LatentFamily, family_class, family_names
 from diffalign.methods import METHODS, resolve
@@ -69,6 +71,12 @@ def test_a_family_is_named_like_its_file(name):
 
 @pytest.mark.parametrize("name", scorer_names())
 def test_a_scorer_builds_with_its_defaults(name):
+    build = importlib.import_module(f"diffalign.scorers.{name}").build
+    needed = [p.name for p in inspect.signature(build).parameters.values() if p.default is p.empty]
+    if needed:  # what cannot be guessed, such as a file of weights
+        with pytest.raises(UserError, match=f"missing parameter '{needed[0]}'"):
+            load_scorer(name)
+        return
     scorer = load_scorer(name)
     assert scorer.accepts <= {"image", "video", "mesh", "text"}
     assert scorer.accepts

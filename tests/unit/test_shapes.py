@@ -231,7 +231,7 @@ def test_a_wrong_shape_is_wrong():
 def test_a_wrong_colour_is_wrong():
     right, wrong = (judged(scene(TWO[1]), f"a {color} cross") for color in ("green", "purple"))
     assert (right.correct, wrong.correct) == (True, False)
-    assert wrong.reason == "expected purple cross>=1, found colours green"
+    assert wrong.reason == "expected purple cross>=1, found 0 purple; and 1 green"
     assert right.graded - wrong.graded > 0.4
 
 

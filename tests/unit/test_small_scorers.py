@@ -40,7 +40,9 @@ class TestLength:
         assert load_scorer("length", unit="characters")(samples) == [Score(15.0), Score(0.0)]
         assert load_scorer("length", target=2)(samples) == [Score(-1.0), Score(-2.0)]
 
-    @pytest.mark.parametrize(("params", "message"), [({"unit": "tokens"}, "choose words"), ({"target": -1}, "negative")])
+    @pytest.mark.parametrize(
+        ("params", "message"), [({"unit": "tokens"}, "choose words"), ({"target": -1}, "negative")]
+    )
     def test_refusals(self, params, message):
         with pytest.raises(UserError, match=message):
             load_scorer("length", **params)
