@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from _results import machine, write_section
 from torch import Tensor
 
-from diffalign.evaluate import compare
+from diffalign.comparison import compare
 from diffalign.families.base import load_family
 from diffalign.generate import candidate_seed, sample_media
 from diffalign.results import Results, markdown_table

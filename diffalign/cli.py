@@ -107,7 +107,9 @@ def _run(words: list[str]) -> None:
         return
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if model is None:
+    if verb == "eval" and len(rest) == 2 and all(map(os.path.isdir, rest)):
+        _function("diffalign.evaluate:compare_runs")(*rest)
+    elif model is None:
         arguments = vars(_parser(verb).parse_args(rest))
         _function(target)(**arguments)
     else:
@@ -192,6 +194,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     )
     if model is not None:
         more = {"train": "[--resume [latest|PATH]]", "quickstart": "[--text]"}.get(verb, "")
+        if verb == "eval":
+            more += f"\n       diffalign {verb} RESULTS_A RESULTS_B: who wins, and whether that is significant"
         parser.usage = f"diffalign {verb} [config.yaml] [key.path=value ...] [--dry-run] {more}"
         parser.epilog = f"config keys:\n{_table(model)}"
         parser.add_argument("words", nargs="*", metavar="config.yaml, key.path=value", help="a config, changes to it")

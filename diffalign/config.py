@@ -115,6 +115,7 @@ class RunConfig(Strict):
     shard: bool = Field(default=False, description="several processes: spread full weights over them (FSDP2)")
     save_every: int = Field(default=0, ge=0, description="steps between checkpoints; 0 = only at the end")
     keep: int = Field(default=2, gt=0, description="checkpoints to keep")
+    snapshots: bool = Field(default=False, description="at every checkpoint also keep the LoRA as it would be final")
     ema: float | None = Field(
         default=None, gt=0, lt=1, description="decay of a moving average; it is what gets exported"
     )
@@ -157,10 +158,19 @@ class EvalConfig(Strict):
     against: ModelConfig | None = Field(default=None, description="baseline on the same prompts and seeds")
     prompts: PromptsConfig
     judge: ScorerConfig
+    panel: list[ScorerConfig] = Field(
+        default_factory=list, description="more scorers to report: held-out rewards, diversity, picture statistics"
+    )
     candidates: int = Field(default=1, gt=0, description="samples per prompt")
     sampling: SamplingConfig = SamplingConfig()
     decoding: DecodingConfig = DecodingConfig()
     seed: int = 10_000
+    failures: float = Field(default=0.05, ge=0, le=1, description="stop when a scorer fails on more than this share")
+    layout: Literal["geneval"] | None = Field(default=None, description="also write the benchmark's own files")
+    snapshots: str | None = Field(
+        default=None, description="a run directory: evaluate the model and every snapshot of this run instead"
+    )
+    trained: str | None = Field(default=None, description="snapshots: label of the reward that was trained on")
     note: str = Field(default="", description="what to say about prompts and judge in the results")
     out: str = Field(description="folder for results.json and the image records")
 

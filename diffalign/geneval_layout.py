@@ -215,3 +215,14 @@ def summary(results_path: str | Path) -> dict[str, Any]:
         "tasks": {tag: {"score": fmean(v), "correct": sum(v), "images": len(v)} for tag, v in tasks.items()},
         "overall": round(fmean(map(fmean, tasks.values())), DIGITS),
     }
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """A summary as lines, with the numbers that GenEval's own script prints."""
+    lines = [
+        f"GenEval: {found['images']} images of {found['prompts']} prompts",
+        f"correct images: {found['correct_images']:.2%}; prompts with a correct image: {found['correct_prompts']:.2%}",
+        *(f"  {tag}: {v['score']:.2%} ({v['correct']} of {v['images']})" for tag, v in found["tasks"].items()),
+        f"overall: {found['overall']:.5f}",
+    ]
+    return "\n".join(lines)

@@ -32,7 +32,7 @@ from diffalign.likelihood import token_log_probs
 from diffalign.methods import needs, reads_paths
 from diffalign.networks import checkpoint
 from diffalign.records import Record, plain
-from diffalign.train.offline import make_optimizer
+from diffalign.train.optim import make_optimizer
 from diffalign.types import Method
 from diffalign.weights import add_lora
 

@@ -11,12 +11,13 @@ from diffalign import config as cfg
 from diffalign import records as store
 from diffalign.errors import UserError
 from diffalign.files import replacing
+from diffalign.geneval_layout import read_metadata
 from diffalign.records import Record
 from diffalign.worlds import load_prompts
 
 
 def read_prompts(config: cfg.PromptsConfig, seed: int) -> list[Record]:
-    """Records without candidates: from a world (`shapes:train`), a text file or a records file.
+    """Records without candidates: from a world (`shapes:train`), GenEval's metadata (`geneval:FILE`), text or records.
 
     ``per_task`` draws that many of every task in a seeded order, cycling through short tasks; ids stay unique.
     """
@@ -31,6 +32,8 @@ def read_prompts(config: cfg.PromptsConfig, seed: int) -> list[Record]:
 
 def _prompt_source(source: str) -> list[Record]:
     world, colon, split = source.partition(":")
+    if world == "geneval":
+        return read_metadata(Path(split))
     if colon and not Path(source).exists():
         return [Record(id=m["prompt"], prompt=m["prompt"], meta=m) for m in load_prompts(world, split)]
     path = Path(source)

@@ -19,14 +19,14 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diffalign import records
+from diffalign import overoptimisation, records
 from diffalign.charts import Chart, Histogram, chart, histogram
 from diffalign.config import ReportConfig
 from diffalign.errors import UserError
 from diffalign.files import replacing
 from diffalign.pages import render
 from diffalign.records import Candidate, Record
-from diffalign.results import Results, Row, headline, number, table
+from diffalign.results import Results, Row, Trajectory, headline, number, panel, table
 
 MAX_PICTURES = 192
 MAX_PER_TASK = 6
@@ -199,6 +199,7 @@ def _evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
             "results": results,
             "headline": headline(results),
             "rows": table(results),
+            "panel": panel(results),
             "axis": _axis(table(results)),
             "gallery": gallery(folder, results.metric, per_task),
         }
@@ -210,6 +211,30 @@ def _axis(rows: Sequence[Row]) -> tuple[float, float]:
     """[0, 1] for shares, else what holds every interval."""
     ends = [end for row in rows for shown in (row.after, row.before) if shown for end in shown.ends]
     return (0.0, 1.0) if min(ends) >= 0 and max(ends) <= 1 else (min(ends), max(ends))
+
+
+def _trajectories(root: Path) -> list[dict[str, Any]]:
+    """Every evaluation over training: its curves, the trained reward first, and what they say."""
+    shown = []
+    for path in sorted(root.glob(f"eval/*/{overoptimisation.FILE}")):
+        found = _parse(Trajectory, path.read_bytes(), str(path))
+        charts = [
+            chart(
+                f"{label} ({_role(found, label)})",
+                {label: [(point.step, point.values[label].policy) for point in found.points]},
+                guide=(found.points[0].values[label].policy, "before training"),
+            )
+            for label in sorted(found.points[0].values, key=lambda name: _ROLES.index(_role(found, name)))
+        ]
+        shown.append({"verdict": overoptimisation.verdict(found), "note": found.note, "charts": charts})
+    return shown
+
+
+_ROLES = ("trained on", "held out", "description")
+
+
+def _role(found: Trajectory, label: str) -> str:
+    return _ROLES[0] if label == found.trained else _ROLES[1] if label in found.held_out else _ROLES[2]
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -310,6 +335,7 @@ def _collect(root: Path) -> dict[str, Any]:
         "sources": sources,
         "evaluations": _evaluations(_evaluation_order(root, sources.get("config.yaml", ""))),
         "charts": curves(steps),
+        "trajectories": _trajectories(root),
         "alarms": [(step.step, name, text) for step in steps for name, text in step.alarms.items()],
         "pool": _pool(root / "pool"),
         "job": _parse(Job, job.read_bytes(), str(job)) if job.is_file() else None,

@@ -37,8 +37,12 @@ class Results(_Read):
     seed: int | None = None
     n: int
     prompts: int
+    failed: int = Field(0, description="samples that the judge could not score; left out of both models")
     overall: Measured
     tasks: dict[str, Measured] = Field(default_factory=dict)
+    wins: Measured | None = Field(None, description="share of samples that beat the baseline's from the same noise")
+    panel: dict[str, Measured] = Field(default_factory=dict, description="label -> mean over all samples")
+    card: dict[str, Any] = Field(default_factory=dict, description="everything it takes to measure this again")
 
 
 def number(value: float, digits: int = 2, *, sign: bool = False) -> str:
@@ -46,6 +50,27 @@ def number(value: float, digits: int = 2, *, sign: bool = False) -> str:
     text = f"{abs(value):.{digits}f}"
     mark = "" if not float(text) else "−" if value < 0 else "+" if sign else ""
     return mark + text.removeprefix("0")
+
+
+class Point(_Read):
+    """One snapshot of a run, measured like the others."""
+
+    step: int
+    values: dict[str, Measured]
+
+
+class Trajectory(_Read):
+    """``trajectory.json``: rewards over training, and when to stop."""
+
+    name: str
+    trained: str = Field(description="label of the reward that was trained on")
+    held_out: list[str] = Field(description="labels of rewards that were not")
+    points: list[Point]
+    best: int = Field(description="step with the highest held-out score")
+    stop: int | None = Field(
+        None, description="first step at which held-out rewards have fallen while the trained rose"
+    )
+    note: str = ""
 
 
 class Shown(NamedTuple):
@@ -95,6 +120,12 @@ def table(results: Results) -> list[Row]:
     """One row per task, then the overall one."""
     rows = [_row(task, measured.n or 0, measured) for task, measured in results.tasks.items()]
     return [*rows, _row("overall", results.n, results.overall)]
+
+
+def panel(results: Results) -> list[Row]:
+    """One row per label of the panel, and the win rate."""
+    rows = [_row(label, results.n, measured) for label, measured in results.panel.items()]
+    return rows if results.wins is None else [*rows, _row("win rate against before", results.n, results.wins)]
 
 
 def headline(results: Results) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.progress import Progress
 
 from diffalign import records
 from diffalign.config import ScoreConfig, ScorerConfig
+from diffalign.engines import stream
 from diffalign.errors import UserError
 from diffalign.files import claim, require_complete, siblings
 from diffalign.records import Record
@@ -45,7 +47,7 @@ def run(config: ScoreConfig, dry_run: bool = False) -> Path:
         labels = [{**candidate.labels, **candidate.errors} for candidate in first.candidates]
         print(f"would score {len(ids)} records of {source} with {', '.join(specs)} into {out}; first record: {labels}")
         return out
-    _score_missing(source, out, specs, config.batch, ids, _Budget(config.failures, total))
+    _score_missing(source, out, specs, config, ids, _Budget(config.failures, total))
     _print_summary(out, specs)
     return out
 
@@ -76,16 +78,20 @@ def _load(specs: dict[str, ScorerConfig]) -> dict[str, Scorer]:
     return {label: load_scorer(spec.name, **spec.params) for label, spec in specs.items()}
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
 def _identity(source: Path, specs: dict[str, ScorerConfig]) -> dict[str, Any]:
     """What an output depends on: the bytes of the input and the scorers."""
-    with source.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
     scorers = {label: {"name": spec.name, "params": spec.params} for label, spec in specs.items()}
-    return {"records": {"file": source.name, "sha256": digest}, "scorers": scorers}
+    return {"records": {"file": source.name, "sha256": file_digest(source)}, "scorers": scorers}
 
 
 def _score_missing(
-    source: Path, out: Path, specs: dict[str, ScorerConfig], batch: int, ids: set[str], budget: _Budget
+    source: Path, out: Path, specs: dict[str, ScorerConfig], config: ScoreConfig, ids: set[str], budget: _Budget
 ) -> None:
     with records.Appender(out) as output, Progress() as progress:
         strangers = sorted(output.done - ids)
@@ -96,15 +102,23 @@ def _score_missing(
         task = progress.add_task("score", total=len(ids), completed=len(output.done))
         if len(output.done) == len(ids):
             return
-        scorers = _load(specs)
-        for group in record_groups(records.read(source), batch):
-            if all(record.id in output.done for record in group):
-                continue
-            scored = list(score_records(group, source.parent, scorers, batch))
+        groups = [g for g in record_groups(records.read(source), config.batch) if not output.done.issuperset(_ids(g))]
+        load = partial(load_worker, source.parent, specs, config.batch)
+        for scored in stream(load, groups, config.engine, config.workers):
             budget.spend(scored, specs)
             missing = [record for record in scored if record.id not in output.done]
             output.append(missing)
             progress.advance(task, len(missing))
+
+
+def _ids(group: Iterable[Record]) -> set[str]:
+    return {record.id for record in group}
+
+
+def load_worker(root: Path, specs: dict[str, ScorerConfig], batch: int) -> Callable[[Sequence[Record]], list[Record]]:
+    """What scores a group of records in whole; the scorers are loaded once."""
+    scorers = _load(specs)
+    return lambda group: list(score_records(group, root, scorers, batch))
 
 
 class _Budget:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 from diffalign import config as cfg
 from diffalign import records as store
@@ -23,13 +26,14 @@ from diffalign.errors import UserError
 from diffalign.families.base import family_class
 from diffalign.methods import modality, needs, reads_paths, resolve
 from diffalign.models import open_model
-from diffalign.networks import checkpoint, compile_blocks, find_optimizer
+from diffalign.networks import checkpoint, compile_blocks
 from diffalign.randomness import keyed
 from diffalign.records import Record
 from diffalign.registry import find_objective
 from diffalign.sharding import gathered
 from diffalign.textset import TextDataset
 from diffalign.train import health
+from diffalign.train.optim import make_optimizer, make_scheduler
 from diffalign.train.run import Run, checkpoints, find_checkpoint
 from diffalign.train.step import StepResult, loss_step
 from diffalign.train.update import Update
@@ -115,6 +119,8 @@ def check_together(config: cfg.TrainConfig) -> None:
         raise UserError("model.dtype, model.quant: weights that train stay in float32; set model.lora, or remove these")
     if model.dtype not in ("fp32", run.precision):
         raise UserError(f"model.dtype: {model.dtype} trains with run.precision={model.dtype} alone")
+    if run.snapshots and model.lora is None:
+        raise UserError("run.snapshots: keeps LoRAs, and this run trains full weights; keep more checkpoints instead")
     if run.shard and model.lora is not None:
         raise UserError("run.shard: is for full weights; a LoRA trains without it")
     if run.shard and config.data.bank is not None:
@@ -185,29 +191,6 @@ def _encode(data: cfg.DataConfig, records: list[Record], family: Any, visible: b
             return TextDataset(records, family, data.max_tokens, advance)
         cut = Cut(data.size, data.buckets, data.crop, data.flip)
         return Dataset(records, source.parent, family, _cache(data), cut, data.dropout, advance)
-
-
-def make_optimizer(parameters: list[torch.nn.Parameter], optim: cfg.OptimConfig) -> torch.optim.Optimizer:
-    """An optimiser by name, any case."""
-    kind: Any = find_optimizer(optim.name)
-    try:
-        return kind(parameters, lr=optim.lr, **optim.params)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optim.params do not fit {optim.name}: {error}") from None
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, steps: int, warmup: int, decay: str
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then constant, or linear or cosine decay to zero at ``steps``."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[decay]
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def check_start(result: StepResult, method: Method, slack: float = 0.0) -> None:
@@ -294,12 +277,17 @@ def _train(job: Job) -> None:
             break
         except health.Diverged as failure:
             first = _roll_back(job, failure)
-    with job.weights.use("average" if settings.ema else "policy") as net:
+    with _exported(job) as net:
         if job.weights.lora:
             run.finish("lora", lambda folder: job.family.save_lora(folder, net))
         else:
             plain = gathered(net) if settings.shard else net
             run.finish(job.family.net_name, lambda folder: job.family.save_net(folder, plain))
+
+
+def _exported(job: Job) -> AbstractContextManager[nn.Module]:
+    """The network with the weights that count in the end."""
+    return job.weights.use("average" if job.config.run.ema else "policy")
 
 
 def _positions(batch: Batch) -> int:
@@ -322,6 +310,9 @@ def _steps(job: Job, first: int) -> None:
             last = step + 1 == settings.steps
             if last or (settings.save_every and (step + 1) % settings.save_every == 0):
                 run.save(step + 1, job.weights, update.optimizer, update.scheduler)
+                if settings.snapshots:
+                    with _exported(job) as net:
+                        run.snapshot(step + 1, partial(job.family.save_lora, net=net))
                 if job.bank is not None:
                     job.bank.save(run.sum_over_ranks, write=run.is_main)
             info = f"loss {metrics['loss']:.4f}  accuracy {metrics.get('reward/accuracy', math.nan):.2f}"

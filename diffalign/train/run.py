@@ -7,6 +7,7 @@
     DIR/metrics.jsonl          a line per step
     DIR/tensorboard/
     DIR/checkpoint-000040/     weights.safetensors, state.pt
+    DIR/snapshots/000040/      a LoRA as in DIR/lora, with run.snapshots
     DIR/lora/                  final weights; for full weights the network's own folder, transformer/ or unet/
 """
 
@@ -57,6 +58,12 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     """The checkpoints of a run directory by the step they were written at, oldest first."""
     found = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
     return dict(sorted((int(step), path) for step, path in found.items() if step.isdigit()))
+
+
+def snapshots(folder: Path) -> dict[int, Path]:
+    """The snapshots of a run directory by step, oldest first."""
+    found = {path.name: path for path in folder.glob("snapshots/*")}
+    return dict(sorted((int(name), path) for name, path in found.items() if name.isdigit()))
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
@@ -270,6 +277,12 @@ class Run:
         schedules = zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         for group, base, factor in schedules:
             group["lr"] = base * factor(scheduler.last_epoch)
+
+    def snapshot(self, step: int, export: Callable[[Path], None]) -> None:
+        """Keep the weights of a step in the form of final ones, whole or not at all."""
+        if self.is_main:
+            with replacing_folder(self.folder / "snapshots" / f"{step:06d}") as aside:
+                export(aside)
 
     def finish(self, name: str, export: Callable[[Path], None]) -> None:
         """Write the final weights into the sub-folder ``name``, whole or not at all, and close the logs."""

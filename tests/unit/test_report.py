@@ -321,3 +321,21 @@ class TestDistributions:
 )
 def test_duration(seconds, text):
     assert pages.duration(seconds) == text
+
+
+def test_reward_hacking(tmp_path):
+    def measured(value):
+        return {"policy": value, "interval": (value, value), "difference": value, "difference_interval": (value, value)}
+
+    points = [
+        {"step": step, "values": {"held": measured(held), "trained": measured(step / 10), "diversity": measured(0.5)}}
+        for step, held in ((0, 0.0), (10, 1.0), (20, 0.5))
+    ]
+    trajectory = {"name": "curve", "trained": "trained", "held_out": ["held"], "points": points, "best": 10, "stop": 20}
+    (tmp_path / "eval/curve").mkdir(parents=True)
+    (tmp_path / "eval/curve/trajectory.json").write_text(json.dumps(trajectory))
+    report.run(ReportConfig(dir=str(tmp_path)))
+    page = (tmp_path / "report.html").read_text()
+    titles = [page.index(title) for title in ("trained (trained on)", "held (held out)", "diversity (description)")]
+    assert titles == sorted(titles)
+    assert "Curve: stop at step 10: by step 20 trained has risen further" in page

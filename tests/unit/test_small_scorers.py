@@ -46,3 +46,53 @@ class TestLength:
     def test_refusals(self, params, message):
         with pytest.raises(UserError, match=message):
             load_scorer("length", **params)
+
+
+class TestPicture:
+    def test_by_hand(self):
+        half = np.zeros((4, 8, 3), np.uint8)
+        half[:, 4:] = (255, 255, 255)
+        grey, red = np.full((4, 4, 3), 51, np.uint8), np.tile(np.uint8([255, 51, 51]), (4, 4, 1))
+        for metric, pixels, value in (
+            ("brightness", half, 0.5),
+            ("contrast", half, 0.5),
+            ("brightness", grey, 0.2),
+            ("saturation", grey, 0.0),
+            ("saturation", red, 0.8),
+            ("sharpness", grey, 0.0),
+            ("high_frequency", grey, 0.0),
+        ):
+            (score,) = load_scorer("picture", metric=metric)([Sample("", Image.fromarray(pixels))])
+            assert score.value == pytest.approx(value, abs=1e-12), metric
+
+    def test_sharpness_is_the_variance_of_the_laplacian(self):
+        step = np.zeros((5, 6, 3), np.uint8)
+        step[:, 3:] = 10  # the Laplacian of a step is 10 on one side and -10 on the other, 0 elsewhere
+        (score,) = load_scorer("picture")([Sample("", Image.fromarray(step))])
+        assert score.value == pytest.approx(np.var([0, 10, -10, 0]))
+
+    def test_a_fine_grid_is_all_high_frequency(self):
+        grid = np.uint8(255 * (np.indices((8, 8)).sum(0) % 2))[..., None].repeat(3, -1)
+        (score,) = load_scorer("picture", metric="high_frequency")([Sample("", Image.fromarray(grid))])
+        assert score.value == pytest.approx(1.0)
+
+    def test_refusals(self):
+        with pytest.raises(UserError, match="choose brightness"):
+            load_scorer("picture", metric="beauty")
+
+
+class TestDiversity:
+    PICTURES = tuple(Sample("", Image.fromarray(np.full((8, 8, 3), v, np.uint8))) for v in (0, 0, 51))
+
+    def test_by_hand(self):
+        scorer = load_scorer("diversity", side=2)
+        assert scorer.together
+        assert [s.value for s in scorer(self.PICTURES)] == pytest.approx([0.1, 0.1, 0.2])
+
+    def test_variance_is_unbiased_in_the_mean(self):
+        found = [s.value for s in load_scorer("diversity", metric="variance")(self.PICTURES)]
+        assert np.mean(found) == pytest.approx(np.var([0, 0, 0.2], ddof=1))
+
+    def test_a_single_sample_has_none(self):
+        (failure,) = load_scorer("diversity")(self.PICTURES[:1])
+        assert failure.kind == "input"

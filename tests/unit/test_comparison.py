@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
-from diffalign import evaluate, records
+from diffalign import comparison, records
+from diffalign.comparison import bootstrap, compare, outcomes
 from diffalign.errors import UserError
-from diffalign.evaluate import bootstrap, compare, outcomes
 from diffalign.records import Candidate, Record
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Fewer resamples, for tests that repeat."""
-    monkeypatch.setattr(evaluate, "RESAMPLES", 1000)
+    monkeypatch.setattr(comparison, "RESAMPLES", 1000)
 
 
 def simulate(rng: np.random.Generator, tasks: dict[str, int], images: int = 4, lift: float = 0.0):
