@@ -6,8 +6,10 @@ vectors of the pictures that are still in use.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,7 +144,7 @@ def hps_encoder(model: str, file: Path, where: Place) -> Encoder:
 
     def make() -> Encoder:
         net = _open_clip(model, str(file), file)
-        prepare = partial(px.resize_pad, size=net.visual.preprocess_cfg["size"])
+        prepare = partial(px.resize_pad, size=_side(net))
         tokenizer = extra("open_clip").get_tokenizer(model)
         return _open_clip_encoder(net, tokenizer, where, lambda image: px.normalise(prepare(image)))
 
@@ -163,10 +165,22 @@ def _open_clip(model: str, pretrained: str, file: Path | None) -> Any:
         quick = open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
         with loading(f"{model} {pretrained}"):
             return open_clip.create_model(model, pretrained, force_quick_gelu=quick, require_pretrained=True)
-    net = open_clip.create_model(model)
+    with _no_warnings():  # that it starts from random weights
+        net = open_clip.create_model(model, pretrained_text=False)
     state = {key.removeprefix("module."): value for key, value in read_tensors(file, "state_dict").items()}
     fill(net, state, file)
     return net
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Without what open_clip writes to the root logger."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _open_clip_folder(model: str) -> Any:
@@ -178,12 +192,20 @@ def _open_clip_folder(model: str) -> Any:
 def _published(net: Any, model: str) -> Callable[[Image.Image], Tensor]:
     """The preprocessing that open_clip keeps with the weights."""
     config = net.visual.preprocess_cfg
-    size = config["size"] if isinstance(config["size"], int) else config["size"][0]
     ways = {"shortest": px.resize_crop, "squash": px.squash}
     if config["resize_mode"] not in ways or config["interpolation"] not in px.RESAMPLE:
         raise UserError(f"{model}: pictures resized as {config['resize_mode']} {config['interpolation']} are not read")
-    resize = partial(ways[config["resize_mode"]], size=size, resample=config["interpolation"])
+    resize = partial(ways[config["resize_mode"]], size=_side(net), resample=config["interpolation"])
     return lambda image: px.normalise(resize(image), config["mean"], config["std"])
+
+
+def _side(net: Any) -> int:
+    """Pixels on a side of what the network sees."""
+    size = net.visual.preprocess_cfg["size"]
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) > 1:
+        raise UserError(f"a network that sees {'x'.join(map(str, size))} pixels is not read: only squares are")
+    return sides.pop()
 
 
 def _open_clip_encoder(net: Any, tokenizer: Any, where: Place, prepare: Callable[[Image.Image], Tensor]) -> Encoder:
