@@ -202,10 +202,10 @@ def _published(net: Any, model: str) -> Callable[[Image.Image], Tensor]:
 def _side(net: Any) -> int:
     """Pixels on a side of what the network sees."""
     size = net.visual.preprocess_cfg["size"]
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) > 1:
-        raise UserError(f"a network that sees {'x'.join(map(str, size))} pixels is not read: only squares are")
-    return sides.pop()
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if sides[0] != sides[1]:
+        raise UserError(f"a network that sees {sides[0]}x{sides[1]} pixels is not read: only squares are")
+    return sides[0]
 
 
 def _open_clip_encoder(net: Any, tokenizer: Any, where: Place, prepare: Callable[[Image.Image], Tensor]) -> Encoder:
@@ -230,7 +230,8 @@ def _transformers(weights: str, tokenizer: str, where: Place) -> Encoder:
     with loading(weights):
         from transformers import CLIPModel
 
-        net, info = CLIPModel.from_pretrained(weights, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = CLIPModel.from_pretrained(weights, dtype=torch.float32, output_loading_info=True)
+    net, info = loaded
     left = [key for key in info["unexpected_keys"] if not key.endswith(".position_ids")]  # older releases saved it
     refuse_misfit({"missing": sorted(info["missing_keys"]), "unexpected": sorted(left)}, weights)
     with loading(tokenizer):

@@ -44,17 +44,19 @@ def build(
 
         words = AutoTokenizer.from_pretrained(tokenizer)
         words.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})  # as BLIP has it
-    net = RewardNet(Sizes())
+    sizes = Sizes()
+    net = RewardNet(sizes)
     fill(net, renamed(read_tensors(file)), file)
     net.eval().requires_grad_(False).to(*where)
     net.head.float()
-    return _ImageReward(net, words, where, batch)
+    return _ImageReward(net, words, sizes.image, where, batch)
 
 
 @dataclass(frozen=True, slots=True)
 class _ImageReward:
     net: RewardNet
     tokenizer: Callable[..., Mapping[str, Tensor]]
+    size: int
     where: Place
     batch: int
     accepts: frozenset[str] = frozenset({"image"})
@@ -72,8 +74,7 @@ class _ImageReward:
         from ._pixels import normalise, resize_crop
 
         images: list[Any] = [sample.image for sample in samples]
-        size = self.net.vision.config.image_size
-        pixels = torch.stack([normalise(resize_crop(image, size)) for image in images]).to(*self.where)
+        pixels = torch.stack([normalise(resize_crop(image, self.size)) for image in images]).to(*self.where)
         prompts = [sample.prompt for sample in samples]
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
         ids, mask = (tokens[name].to(self.where.device) for name in ("input_ids", "attention_mask"))
