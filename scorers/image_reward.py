@@ -64,9 +64,10 @@ class _ImageReward:
     def __call__(self, samples: Sequence[Sample]) -> list[Outcome]:
         from ._loading import cuts, score_pictures
 
-        return score_pictures(
-            samples, lambda good: (score for some in cuts(good, self.batch) for score in self._scores(some))
-        )
+        def score(good: Sequence[Sample]) -> Iterator[Score]:
+            return (score for some in cuts(good, self.batch) for score in self._scores(some))
+
+        return score_pictures(samples, score)
 
     def _scores(self, samples: Sequence[Sample]) -> Iterator[Score]:
         import torch
