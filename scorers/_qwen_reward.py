@@ -26,7 +26,7 @@ LAYOUTS = (("visual.", "visual."), ("model.visual.", "visual."), ("model.languag
 
 
 class RewardNet(nn.Module):
-    """Chats with one picture each to two numbers, which the release calls mu and sigma."""
+    """Chats with one picture each to the mean and the log standard deviation of a score."""
 
     def __init__(self, body: Any, width: int) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ def build(
 ) -> Scorer:
     """Human Preference Score v3, Qwen2-VL 7B trained on HPDv3 (arXiv:2508.03789).
 
-    The score is the mean of what the network predicts; its second number is ``sigma`` in the detail.
+    The network predicts a normal distribution: the score is its mean, ``sigma`` in the detail its standard deviation.
 
     Args:
         wording: ``hpsv3/dataset/data_collator_qwen.py`` of the release, from which the words that the network was
@@ -73,5 +73,6 @@ class _Hps3:
         given = self.chats([sample.prompt for sample in samples], images)
         given = {name: value.to(self.where.device) for name, value in given.items()}
         with torch.inference_mode():
-            found = self.net(**given, token=self.chats.token).tolist()
-        return [Score(mean, detail={"sigma": sigma}) for mean, sigma in found]
+            means, logs = self.net(**given, token=self.chats.token).unbind(1)
+        sigmas = logs.exp().tolist()
+        return [Score(mean, detail={"sigma": sigma}) for mean, sigma in zip(means.tolist(), sigmas, strict=True)]

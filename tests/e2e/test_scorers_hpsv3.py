@@ -1,6 +1,7 @@
 """HPSv3 on a small random Qwen2-VL in the published layout, against stock classes of transformers."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def params(release):
 
 @pytest.fixture(scope="module")
 def expected(release):
-    """By stock classes, one sample at a time: mu and sigma."""
+    """By stock classes, one sample at a time: mean and log standard deviation."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     _, net, head = release
@@ -122,7 +123,7 @@ def expected(release):
 def test_gives_the_numbers_of_stock_classes(release, params, expected, file, batch):
     scorer = load_scorer("hpsv3", **{**params, "weights": str(release[0] / file), "batch": batch})
     outcomes = scorer(samples())
-    found = [(outcome.value, outcome.detail["sigma"]) for outcome in outcomes]
+    found = [(outcome.value, math.log(outcome.detail["sigma"])) for outcome in outcomes]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     assert torch.tensor(expected).std(0).min() > 0.01
@@ -150,7 +151,7 @@ def test_pictures_are_sized_like_the_release():
         ("x = 1", "defines no string INSTRUCTION or prompt_with_special_token"),
         ("INSTRUCTION = 'a' + 'b'\nprompt_with_special_token = ''", "defines no string INSTRUCTION"),
         ("INSTRUCTION = 'rate it'\nprompt_with_special_token = ''", r"expected one \{text_prompt\} in INSTRUCTION .*"),
-        ("not python", "SyntaxError: .*"),
+        ("def (", "SyntaxError: .*"),
         (None, "FileNotFoundError: .*"),
     ],
 )
