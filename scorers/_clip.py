@@ -134,7 +134,7 @@ def open_clip_encoder(model: str, pretrained: str, where: Place) -> Encoder:
 
     def make() -> Encoder:
         net = _open_clip_folder(name) if whole else _open_clip(name, pretrained, file)
-        return _open_clip_encoder(net, extra("open_clip").get_tokenizer(name), where, _published(net, name))
+        return _open_clip_encoder(net, name, where, _published(net, name))
 
     return _shared(("open_clip", name, None if whole else _identity(pretrained), *where), make)
 
@@ -145,8 +145,7 @@ def hps_encoder(model: str, file: Path, where: Place) -> Encoder:
     def make() -> Encoder:
         net = _open_clip(model, str(file), file)
         prepare = partial(px.resize_pad, size=_side(net))
-        tokenizer = extra("open_clip").get_tokenizer(model)
-        return _open_clip_encoder(net, tokenizer, where, lambda image: px.normalise(prepare(image)))
+        return _open_clip_encoder(net, model, where, lambda image: px.normalise(prepare(image)))
 
     return _shared(("hps", model, _identity(str(file)), *where), make)
 
@@ -165,7 +164,7 @@ def _open_clip(model: str, pretrained: str, file: Path | None) -> Any:
         quick = open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
         with loading(f"{model} {pretrained}"):
             return open_clip.create_model(model, pretrained, force_quick_gelu=quick, require_pretrained=True)
-    with _no_warnings():  # that it starts from random weights
+    with _no_warnings(), loading(model):  # warnings that it starts from random weights
         net = open_clip.create_model(model, pretrained_text=False)
     state = {key.removeprefix("module."): value for key, value in read_tensors(file, "state_dict").items()}
     fill(net, state, file)
@@ -208,7 +207,9 @@ def _side(net: Any) -> int:
     return sides[0]
 
 
-def _open_clip_encoder(net: Any, tokenizer: Any, where: Place, prepare: Callable[[Image.Image], Tensor]) -> Encoder:
+def _open_clip_encoder(net: Any, model: str, where: Place, prepare: Callable[[Image.Image], Tensor]) -> Encoder:
+    with loading(f"the tokenizer of {model}"):
+        tokenizer = extra("open_clip").get_tokenizer(model)
     net.eval().requires_grad_(False).to(*where)
     return Encoder(
         where,
