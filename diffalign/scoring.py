@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from diffalign.errors import UserError, nearest
 from diffalign.records import Candidate, Record, media_kind, media_path, plain_text, read_image
@@ -147,6 +147,18 @@ def _check_params(name: str, build: Callable[..., Scorer], params: Mapping[str, 
     wrong += [f"missing parameter {key!r}" for key in needed if key not in params]
     if wrong:
         raise UserError(f"scorer {name!r}: {', '.join(wrong)}; valid: {', '.join(valid) or 'none'}")
+    for key, annotation in _choices(build).items():
+        if key in params and params[key] not in annotation:
+            raise UserError(f"scorer {name!r}: {key} {params[key]!r}: choose {', '.join(map(str, annotation))}")
+
+
+def _choices(build: Callable[..., Scorer]) -> dict[str, tuple[Any, ...]]:
+    """The parameters that are one of some words, by their annotations."""
+    try:
+        hints = get_type_hints(build)
+    except NameError:  # a type that is only imported for checking
+        return {}
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def load_scorer(name: str, **params: Any) -> Scorer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -22,8 +22,6 @@ def build(metric: Metric = "distance", side: int = 16) -> Scorer:
     samples. ``variance``: squared distance to the
     prompt's mean thumbnail, times K / (K - 1), so that its mean is the unbiased variance of a feature.
     """
-    if metric not in get_args(Metric):
-        raise UserError(f"metric {metric!r}: choose {', '.join(get_args(Metric))}")
     if side < 1:
         raise UserError(f"side {side}: must be at least 1")
     return _Diversity(metric, side)

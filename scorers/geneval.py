@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffalign import geneval
 from diffalign.errors import UserError
@@ -15,11 +15,11 @@ from diffalign.scoring import Failure, Outcome, Sample, Score, Scorer
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from PIL import Image
     from torch import nn
 
     from ._colors import Colors
+    from ._loading import Place
     from ._mask2former_images import Instance
 
 Rules = Literal["official", "soft", "strict"]
@@ -58,18 +58,17 @@ def build(
         dtype: of the detector; the thresholds were set with fp32.
         batch: images of one size that go through the detector at a time.
     """
-    for name, value, valid in (("rules", rules, get_args(Rules)), ("dtype", dtype, get_args(DType))):
-        if value not in valid:
-            raise UserError(f"{name} {value!r}: choose {', '.join(valid)}")
+    from ._loading import place
+
     for name, value in (("threshold", threshold), ("counting_threshold", counting_threshold)):
         if not 0 <= value < 1:
             raise UserError(f"{name} {value}: must be in [0, 1)")
-    if batch < 1 or max_objects < 1 or not 0 < max_overlap <= 1:
-        raise UserError("batch and max_objects must be positive, max_overlap in (0, 1]")
+    if max_objects < 1 or not 0 < max_overlap <= 1:
+        raise UserError("max_objects must be positive, max_overlap in (0, 1]")
     if not Path(checkpoint).is_file():
         raise UserError(f"checkpoint: no file {checkpoint}")
     limits = _Limits(threshold, counting_threshold, max_objects, max_overlap)
-    return _GenEval(rules, _Models(checkpoint, clip, clip_weights, device, dtype, batch), limits)
+    return _GenEval(rules, _Models(checkpoint, clip, clip_weights, place(device, dtype, batch), batch), limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,40 +97,29 @@ class _Models:
     checkpoint: str
     clip: str
     clip_weights: str
-    device_name: str
-    dtype: str
+    where: Place
     batch: int
-
-    @cached_property
-    def device(self) -> torch.device:
-        import torch
-
-        if self.device_name != "auto":
-            return torch.device(self.device_name)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    @cached_property
-    def torch_dtype(self) -> torch.dtype:
-        import torch
-
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.dtype]
 
     @cached_property
     def detector(self) -> nn.Module:
         from ._mask2former import load
 
-        return load(self.checkpoint).to(self.device, self.torch_dtype)
+        return load(self.checkpoint).to(*self.where)
 
     @cached_property
     def colors(self) -> Colors:
-        from ._colors import Colors, load_clip
+        import torch
 
-        return Colors(load_clip(self.clip, self.clip_weights, self.device), self.device)
+        from . import _clip
+        from ._colors import Colors
+
+        # the clip of the release runs in float32
+        return Colors(_clip.open_clip_encoder(self.clip, self.clip_weights, self.where._replace(dtype=torch.float32)))
 
     def detect(self, images: Sequence[Image.Image], above: float) -> list[list[Instance]]:
         from ._mask2former_images import detect
 
-        return detect(self.detector, images, batch=self.batch, dtype=self.torch_dtype, above=above)
+        return detect(self.detector, images, batch=self.batch, dtype=self.where.dtype, above=above)
 
 
 @dataclass(frozen=True, slots=True)

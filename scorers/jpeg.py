@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from diffalign.errors import UserError
 from diffalign.scoring import Sample, Score, Scorer
@@ -18,8 +18,6 @@ def build(metric: Metric = "compressibility", quality: int = 95) -> Scorer:
 
     The release of DDPO takes quality 95 and these units; Flow-GRPO divides by 500.
     """
-    if metric not in get_args(Metric):
-        raise UserError(f"metric {metric!r}: choose {', '.join(get_args(Metric))}")
     if not 1 <= quality <= 95:  # above 95 the encoder leaves out steps
         raise UserError(f"quality {quality}: choose 1 to 95")
     return _Jpeg(-1.0 if metric == "compressibility" else 1.0, quality)

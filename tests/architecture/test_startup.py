@@ -48,6 +48,19 @@ def test_importing_the_package_imports_no_library():
     assert {name.partition(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names == {"diffalign"}
 
 
+def test_importing_the_scorers_imports_no_library():
+    code = """
+import importlib, sys
+from diffalign import scoring
+for target in scoring._targets().values():
+    importlib.import_module(target.partition(":")[0])
+heavy = {"torch", "torchvision", "open_clip", "timm", "transformers", "diffusers"} & set(sys.modules)
+assert not heavy, f"imported {sorted(heavy)}"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_is_fast():
     """Processor time rather than the clock: what else the machine does must not decide."""
 

@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffalign.scorers import _colors, _mask2former
-from diffalign.scorers._colors import Clip, Colors, Cutout, load_clip
+import torch.nn.functional as F
+from diffalign.scorers import _clip, _mask2former
+from diffalign.scorers._clip import open_clip_encoder
+from diffalign.scorers._colors import Colors, Cutout
+from diffalign.scorers._loading import place
 from diffalign.scorers._mask2former_images import MEAN, STD
 from PIL import Image, ImageDraw
 
@@ -41,35 +44,26 @@ class Painter(torch.nn.Module):
 
 
 class Words:
-    """A CLIP whose space is RGB: a text lies at its colour word, a picture at the mean of what is not grey."""
+    """An encoder whose space is RGB: a text lies at its colour word, a picture at the mean of what is not grey."""
 
     def __init__(self) -> None:
-        self.texts: list[str] = []
+        self.seen: list[str] = []
 
-    def tokenize(self, texts):
-        self.texts += texts
-        return torch.arange(len(self.texts) - len(texts), len(self.texts))
+    def texts(self, prompts, batch):
+        self.seen += prompts
+        names = [next(c for c in COLORS if f" {c}" in prompt) for prompt in prompts]
+        return F.normalize(torch.tensor([RGB.get(name, (1, 1, 1)) for name in names]).float(), dim=-1)
 
-    def encode_text(self, tokens):
-        names = [next(c for c in COLORS if f" {c}" in self.texts[i]) for i in tokens.tolist()]
-        return torch.tensor([RGB.get(name, (1, 1, 1)) for name in names]).float()
-
-    def transform(self, picture):
-        pixels = np.asarray(picture, dtype=np.float32).reshape(-1, 3)
-        return torch.from_numpy(pixels[(pixels != 0x99).any(1)].mean(0))
-
-    def encode_image(self, pixels):
-        return pixels
-
-    def clip(self) -> Clip:
-        return Clip(self, self.transform, self.tokenize)
+    def images(self, images, batch):
+        pixels = (np.asarray(picture, dtype=np.float32).reshape(-1, 3) for picture in images)
+        return F.normalize(torch.stack([torch.from_numpy(p[(p != 0x99).any(1)].mean(0)) for p in pixels]), dim=-1)
 
 
 @pytest.fixture
 def words(monkeypatch, tmp_path) -> Words:
     words = Words()
     monkeypatch.setattr(_mask2former, "load", lambda path: Painter())
-    monkeypatch.setattr(_colors, "load_clip", lambda model, weights, device: words.clip())
+    monkeypatch.setattr(_clip, "open_clip_encoder", lambda model, weights, where: words)
     return words
 
 
@@ -123,14 +117,14 @@ def test_colours_are_asked_only_of_the_objects_that_matter(judge, words):
     scorer = judge()
     image = drawn(("yellow", 8, 8), RIGHT, BLUE)
     scorer([sample(image, "two_object", DOG, CAT), sample(drawn(BLUE), "colors", {**DOG, "color": "red"})])
-    assert words.texts == []
+    assert words.seen == []
     red, yellow = (sample(image, "colors", {**DOG, "color": color}) for color in ("red", "yellow"))
     found = scorer([red, yellow])
     assert [score.value for score in found] == [0.0, 1.0]
     assert found[0].detail["reason"] == "expected red dog>=1, found 0 red; and 1 yellow"
-    assert len(words.texts) == 30
+    assert len(words.seen) == 30
     scorer([red, sample(image, "color_attr", {**DOG, "color": "yellow"}, {**CAT, "color": "blue"})])
-    assert len(words.texts) == 60  # the words of a class are encoded once
+    assert len(words.seen) == 60  # the words of a class are encoded once
 
 
 def test_the_rules_are_three(judge):
@@ -196,7 +190,7 @@ def test_scored_records_become_the_benchmarks_results(judge, tmp_path):
         ({"rules": "lenient"}, "rules 'lenient': choose official, soft, strict"),
         ({"dtype": "int8"}, "dtype 'int8': choose fp32"),
         ({"threshold": 1.0}, r"threshold 1\.0: must be in \[0, 1\)"),
-        ({"batch": 0}, "batch and max_objects must be positive"),
+        ({"batch": 0}, "batch 0: expected a positive integer"),
         ({"checkpoint": "missing.pth"}, r"checkpoint: no file missing\.pth"),
     ],
 )
@@ -223,16 +217,13 @@ def test_a_cutout_is_the_object_alone_on_grey():
 
 
 def test_the_templates_are_averaged_after_normalising(words):
-    colors = Colors(words.clip(), torch.device("cpu"))
-    rows = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
-    words.encode_text = lambda tokens: rows[tokens]
+    colors = Colors(words)
+    rows = F.normalize(torch.randn(30, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    asked = []
+    words.texts = lambda prompts, batch: asked.extend(prompts) or rows
     weights = colors._classifier("dog")
-    assert words.texts[3:6] == [
-        "a photo of a orange dog",
-        "a photo of a orange-colored dog",
-        "a photo of a orange object",
-    ]
-    mean = (rows / rows.norm(dim=1, keepdim=True)).reshape(10, 3, 5).mean(1)
+    assert asked[3:6] == ["a photo of a orange dog", "a photo of a orange-colored dog", "a photo of a orange object"]
+    mean = rows.reshape(10, 3, 5).mean(1)
     torch.testing.assert_close(weights, mean / mean.norm(dim=1, keepdim=True))
 
 
@@ -250,35 +241,11 @@ def test_colours_come_from_an_open_clip_model(tmp_path):
     open_clip.add_model_config(tmp_path / "tiny-for-colors.json")
     made = open_clip.create_model("tiny-for-colors", pretrained=None)
     torch.save(made.state_dict(), tmp_path / "clip.pt")
-    clip = load_clip("tiny-for-colors", str(tmp_path / "clip.pt"), torch.device("cpu"))
+    encoder = open_clip_encoder("tiny-for-colors", str(tmp_path / "clip.pt"), place("cpu", "fp32", 4))
     mask = np.zeros((40, 40), dtype=bool)
     mask[5:30, 5:30] = True
     cutouts = [Cutout(Image.new("RGB", (40, 40), rgb), mask, (5, 5, 30, 30), "dog") for rgb in RGB.values()]
-    found = Colors(clip, torch.device("cpu"))(cutouts * 7)  # more than one batch
+    found = Colors(encoder)(cutouts * 7)  # more than one batch
     assert found == found[:3] * 7
     assert set(found) <= set(COLORS)
-    with pytest.raises(UserError, match="CLIP tiny-for-colors with weights"):
-        load_clip("tiny-for-colors", str(tmp_path / "missing.pt"), torch.device("cpu"))
-    with pytest.raises(UserError, match="CLIP no-such-model"):
-        load_clip("no-such-model", "", torch.device("cpu"))
-    with pytest.raises(UserError, match="CLIP tiny-for-colors with weights"):  # never random weights
-        load_clip("tiny-for-colors", "", torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("model", "weights", "quick"),
-    [("ViT-L-14", "openai", True), ("ViT-L-14-quickgelu", "a.pt", False), ("ViT-L-14", "laion2b_s32b_b82k", False)],
-)
-def test_openais_weights_get_their_activation(monkeypatch, model, weights, quick):
-    import open_clip
-
-    asked = {}
-
-    def create(name, **params):
-        asked.update(params, name=name)
-        return torch.nn.Linear(1, 1), None, None
-
-    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
-    load_clip(model, weights, torch.device("cpu"))
-    assert asked["force_quick_gelu"] is quick  # the second model has it by itself
-    assert (asked["name"], asked["pretrained"]) == (model, weights)
+    assert Colors(encoder)([]) == []
