@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,21 +10,31 @@ from typing import Any
 from diffalign.errors import UserError
 from diffalign.records import Record
 
-
-class _Worker:
-    """An actor: loads once, then works on whatever groups it is given."""
-
-    def __init__(self, load: Callable[[], Callable[[Sequence[Record]], list[Record]]]) -> None:
-        self.work = load()
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        made = self.work([Record.model_validate_json(line) for line in row["records"]])
-        return {"records": [record.model_dump_json(exclude_defaults=True) for record in made]}
+Work = Callable[[Sequence[Record]], list[Record]]
 
 
-def ray_stream(
-    load: Callable[[], Callable[[Sequence[Record]], list[Record]]], groups: Sequence[Sequence[Record]], workers: int
-) -> Iterator[list[Record]]:
+def _worker(load: Callable[[], Work]) -> Any:
+    """A class of actors: each loads once, then works on whatever groups it is given."""
+
+    class Worker:
+        def __init__(self) -> None:
+            self.work = load()
+
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            return {"records": _lines(self.work(_parsed(row)))}
+
+    return Worker
+
+
+def _lines(records: Sequence[Record]) -> list[str]:
+    return [record.model_dump_json(exclude_defaults=True) for record in records]
+
+
+def _parsed(row: dict[str, Any]) -> list[Record]:
+    return [Record.model_validate_json(line) for line in row["records"]]
+
+
+def ray_stream(load: Callable[[], Work], groups: Sequence[Sequence[Record]], workers: int) -> Iterator[list[Record]]:
     """The results of groups, in order. Ray Data bounds what is under way, and sends the group of a dead actor again.
 
     A running cluster is used when ``RAY_ADDRESS`` names one; otherwise Ray starts on this machine and ends with the
@@ -39,15 +50,16 @@ def ray_stream(
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
     context = ray.data.DataContext.get_current()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports every stage, and that progress bars are off
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    lines = [{"records": [record.model_dump_json(exclude_defaults=True) for record in group]} for group in groups]
+    lines = [{"records": _lines(group)} for group in groups]
+    workers = min(workers, len(groups))
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     cpus = 1 if gpus else max(1, (os.cpu_count() or 1) // workers)
     pool = ray.data.ActorPoolStrategy(size=workers)
-    worker: Any = _Worker  # a class whose instances are the function, which Ray's annotation does not say
     made = ray.data.from_items(lines, override_num_blocks=len(lines)).map(
-        worker, fn_constructor_args=(load,), compute=pool, num_cpus=cpus, num_gpus=gpus
+        _worker(load), compute=pool, num_cpus=cpus, num_gpus=gpus
     )
     for row in made.iter_rows():
-        yield [Record.model_validate_json(line) for line in row["records"]]
+        yield _parsed(row)

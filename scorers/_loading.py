@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
+from diffalign.foreign import quiet
 from diffalign.scoring import Failure, Outcome, Sample, Score
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -73,7 +74,8 @@ def extra(package: str) -> Any:
 def loading(what: str) -> Iterator[None]:
     """Turns whatever a library raises about files or Hub ids into one line."""
     try:
-        yield
+        with quiet():
+            yield
     except UserError:
         raise
     except Exception as error:

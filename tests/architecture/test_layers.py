@@ -220,7 +220,9 @@ def test_scorers_are_reached_by_name_only(modules):
 def test_scorers_know_only_the_protocol(modules):
     for name, item in inside(modules):
         if part(name) == "scorers" and part(item.module) != "scorers":
-            allowed = {"scoring", "errors", "geneval"} | ({"worlds"} if name.rpartition(".")[2] in WORLDS else set())
+            allowed = {"scoring", "errors", "geneval", "foreign"} | (
+                {"worlds"} if name.rpartition(".")[2] in WORLDS else set()
+            )
             assert part(item.module) in allowed, f"{name}:{item.line} imports {item.module}"
 
 
