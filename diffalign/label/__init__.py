@@ -161,6 +161,7 @@ def _serve(config: LabelConfig, job: Plan, names: list[str]) -> None:
             access_log=False,
             server_header=False,
             lifespan="off",
+            ws="none",
             timeout_graceful_shutdown=2,
         )
         print(f"open: {gate.url()}\nanswers: {config.out} ({len(answers.answers)} so far); Ctrl+C stops", flush=True)

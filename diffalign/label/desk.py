@@ -45,7 +45,9 @@ class Desk:
         # the one on the screen first: a reload, or a second tab, is no way to choose
         own = self._held.get(name, ("", 0.0))[0]
         answered, left = self._split(name)
-        left.sort(key=lambda item: item != own)
+        if own in left:
+            left.remove(own)
+            left.insert(0, own)
         if left:
             self._held[name] = (left[0], self.clock())
         else:
@@ -168,11 +170,15 @@ class Desk:
             if other != name and now - since < HELD:
                 held.setdefault(item, set()).add(other)
         for item in self.plan.order(name):
-            if self.journal.answers.of(name, item) is not None:
+            given = self.journal.answers.by_item.get(item)
+            if given and name in given:
                 answered += 1
-            elif self.overlap is None or len(self._tellers(item) | held.get(item, set())) < self.overlap:
+            elif self._has_place(item, held.get(item)):
                 left.append(item)
         return answered, left
+
+    def _has_place(self, item: str, held: set[str] | None) -> bool:
+        return self.overlap is None or len(self._tellers(item) | (held or set())) < self.overlap
 
     def _candidates(self, item: Item, order: Iterable[int]) -> list[dict[str, Any]]:
         return [self._candidate(item, index) for index in order]

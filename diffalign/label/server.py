@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import socket
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
 
 from diffalign.label.answers import Conflict, Journal
 from diffalign.label.desk import Desk, Refusal
@@ -55,7 +57,8 @@ class Gate:
 
     def url(self) -> str:
         """Where the page is."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
+        host = f"[{host}]" if ":" in host else host
         query = f"?{urlencode({'token': self.token})}" if self.token else ""
         return f"http://{host}:{self.port}/{query}"
 
@@ -150,10 +153,13 @@ async def _body(request: Request, model: type[_Body]) -> Any:
         Refusal: it is too large, not JSON, or not what is expected.
     """
     content = b""
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > BODY:
-            raise Refusal(413, f"the body has more than {BODY} bytes")
+    try:
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > BODY:
+                raise Refusal(413, f"the body has more than {BODY} bytes")
+    except ClientDisconnect:
+        raise Refusal(400, "the body is cut off") from None
     try:
         return model.model_validate(json.loads(content))
     except ValidationError as error:

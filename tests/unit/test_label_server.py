@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections import Counter
 
 import httpx
@@ -353,5 +354,6 @@ class TestToken:
         assert client.post("/api/next", annotator="ann").status_code == 200
 
     def test_the_printed_url(self):
-        assert Gate("0.0.0.0", 80, "a b&c", False).url() == "http://0.0.0.0:80/?token=a+b%26c"
+        assert Gate("192.0.2.1", 80, "a b&c", False).url() == "http://192.0.2.1:80/?token=a+b%26c"
+        assert Gate("0.0.0.0", 80, "t", False).url() == f"http://{socket.gethostname()}:80/?token=t"
         assert Gate("::1", 80, None, True).url() == "http://[::1]:80/"

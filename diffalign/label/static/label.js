@@ -234,7 +234,8 @@ function onKey(event) {
 
 document.addEventListener("keydown", onKey);
 // a button clicked by mouse would keep the focus, and with it Enter and Space
-document.addEventListener("click", (event) => event.detail && event.target.closest("#work button")?.blur());
+document.addEventListener("click", (event) => event.detail && event.target.closest("#work button, header button")?.blur());
+$("keys").addEventListener("close", () => document.activeElement?.blur());
 window.addEventListener("hashchange", route);
 $("name-form").addEventListener("submit", (event) => { event.preventDefault(); enter($("name").value); });
 $("undo").addEventListener("click", undo);
