@@ -14,6 +14,7 @@ from diffalign.config_data import (
     ExtractorConfig,
     GenerateConfig,
     ImportConfig,
+    LabelConfig,
     ScoreConfig,
     SourceConfig,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "ExtractorConfig",
     "GenerateConfig",
     "ImportConfig",
+    "LabelConfig",
     "LoraConfig",
     "MethodConfig",
     "ModelConfig",
@@ -240,6 +242,7 @@ VERBS: dict[str, tuple[type[Strict] | None, str, str]] = {
     "generate": (GenerateConfig, "diffalign.generate:run", "prompts x seeds -> candidates on disk"),
     "score": (ScoreConfig, "diffalign.score:run", "candidates -> candidates with labels"),
     "build": (BuildConfig, "diffalign.build:run", "scored candidates -> pairs or rankings"),
+    "label": (LabelConfig, "diffalign.label:run", "candidates -> human labels, on a local page"),
     "train": (TrainConfig, "diffalign.train.offline:run", "records -> aligned weights"),
     "export": (
         ExportConfig,

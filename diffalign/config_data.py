@@ -134,3 +134,26 @@ class BuildConfig(Strict):
     )
     stages: int | None = Field(default=None, gt=1, description="curriculum: how many files, OUT-1.jsonl ...")
     page: bool = Field(default=True, description="write a page of statistics beside the output")
+
+
+class LabelConfig(Strict):
+    """`diffalign label`: a page on which people compare candidates; `merge` makes labels of their answers."""
+
+    records: str
+    out: str = Field(description="answers, a .jsonl that is only appended to")
+    task: Literal["pair", "best", "rank", "segments"] = Field(
+        description="two candidates, the best of all, all in order (ties allowed), or two clips segment by segment"
+    )
+    pairs: int = Field(default=3, gt=0, description="pair, segments: so many pairs of a record with more candidates")
+    limit: int | None = Field(default=None, gt=0, description="only the first so many records")
+    annotators: list[str] = Field(default_factory=list, description="who may answer; default: who types a name")
+    overlap: int | None = Field(default=None, gt=0, description="annotators per item; default: everybody sees all")
+    seed: int = Field(default=0, description="of pairs, and of everybody's order and sides")
+    segment_seconds: float = Field(default=1.0, gt=0, description="segments: how long one is")
+    host: str = Field(default="127.0.0.1", description="address to serve on; one that others reach needs a `token`")
+    port: int = Field(default=8410, ge=0, lt=65536, description="0: any free one")
+    token: str | None = Field(default=None, min_length=12, description="asked of every visitor, as part of the URL")
+    label: str = Field(default="human", min_length=1, description="merge: label to write")
+    merge: str | None = Field(
+        default=None, description="write the records with labels into this .jsonl beside them, and serve nothing"
+    )

@@ -110,6 +110,18 @@ def frame_count(root: Path, name: str) -> int:
         return stream.frames or sum(1 for _ in container.decode(stream))
 
 
+def frame_rate(root: Path, name: str) -> float:
+    """Frames per second of a clip.
+
+    Raises:
+        UserError: no such file, an unreadable one, or one that does not say.
+    """
+    with _video(root, name) as (_, stream):
+        if stream.average_rate:
+            return float(stream.average_rate)
+    raise UserError(f"{media_path(root, name)}: does not say its frame rate; write it again as mp4")
+
+
 def read(modality: Modality, root: Path, name: str, size: Size, place: tuple[float, float]) -> Tensor:
     """A media file as a family encodes it: (3, H, W) or (3, F, H, W) in [-1, 1], or voxels (1, R, R, R).
 

@@ -18,6 +18,7 @@ def test_verbs_are_pinned():
         "generate",
         "score",
         "build",
+        "label",
         "train",
         "export",
         "eval",
