@@ -15,7 +15,6 @@ from diffalign.config import GenerateConfig, ScoreConfig
 from diffalign.engines import stream
 from diffalign.records import Candidate, Record
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # of its own settings
 
 
