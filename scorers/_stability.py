@@ -197,7 +197,7 @@ def _placed(points: np.ndarray, solid: Solid | None, turn: np.ndarray) -> Body:
     if solid is not None:
         centre = (turn @ solid.centre - origin) * scale
         inertia = turn @ solid.inertia @ turn.T * scale**5
-        solid = Solid(solid.volume * scale**3, centre, inertia, solid.source)
+        solid = Solid(float(solid.volume * scale**3), centre, inertia, solid.source)
     if solid is None or (found.equations[:, :3] @ solid.centre + found.equations[:, 3]).max() > 0:
         filled = _of_triangles(hull[faces])
         if filled is None:
