@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any, NamedTuple
 
@@ -103,12 +104,12 @@ def _model(body: Body, timestep: float) -> tuple[Any, Any, Any]:
     Mass and inertia are given, since those that MuJoCo would compute from the hull are not the body's.
     """
     try:
-        import mujoco
+        mujoco: Any = importlib.import_module("mujoco")
     except ImportError:
         raise UserError("this reward needs mujoco: pip install 'diffalign[sim]', or take reward 'margin'") from None
     if mujoco.get_mju_user_warning() is None:  # its own handler writes a file into the current folder
         mujoco.set_mju_user_warning(lambda message: None)
-    spec: Any = mujoco.MjSpec()
+    spec = mujoco.MjSpec()
     spec.option.timestep = timestep
     spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_PLANE, size=[0, 0, 1])
     spec.add_mesh(
