@@ -4,7 +4,8 @@
 
 The shapes are drawn from one seed and none is left out: not those whose centre of mass is just inside the support,
 which a tilt of 0.1 degrees may topple (rocking lifts the centre of mass by up to that times the width, and tipping over
-takes margin^2 / 2h), nor those that are caught by a low arm before they have fallen by the threshold.
+takes margin^2 / 2h) and with less than 0.003 soft contacts alone, nor those that a low arm catches before they have
+fallen by the threshold.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -174,8 +176,9 @@ def main() -> None:
         everything = [path for group in grids.values() for path in group]
         surfaces = f"{len(meshes)} marching-cubes meshes, {faces // len(meshes)} faces on average"
         timed = {f"{len(everything)} grids {SIDE}^3": everything, surfaces: meshes}
+        libraries = ", ".join(f"{name} {version(name)}" for name in ("mujoco", "trimesh"))
         parts = [
-            f"`python benchmarks/stability.py`, {machine()}.",
+            f"`python benchmarks/stability.py`, {machine()}, {libraries}.",
             *("", f"Random shapes, seed {SEED}, default settings, against the static oracle:", ""),
             *agreement(grids),
             *("", f"Prisms of height 1 and width {WIDTH}, which come to rest on their side:", ""),

@@ -112,12 +112,7 @@ def _model(body: Body, timestep: float) -> tuple[Any, Any, Any]:
     spec = mujoco.MjSpec()
     spec.option.timestep = timestep
     spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_PLANE, size=[0, 0, 1])
-    spec.add_mesh(
-        name="hull",
-        uservert=body.hull.reshape(-1).tolist(),
-        userface=body.faces.reshape(-1).tolist(),
-        inertia=mujoco.mjtMeshInertia.mjMESH_INERTIA_CONVEX,
-    )
+    spec.add_mesh(name="hull", uservert=body.hull.reshape(-1).tolist(), userface=body.faces.reshape(-1).tolist())
     solid = body.solid
     inertia = solid.inertia * DENSITY
     free = spec.worldbody.add_body(

@@ -63,7 +63,7 @@ def load_body(path: Path, up: Up) -> Body:
     """The body of a mesh (``.ply``, ``.obj``) or an occupancy grid (``.npz``).
 
     A grid is the union of its voxels. A mesh that is closed, with all faces turned one way, weighs what it encloses;
-    another one what its convex hull does. Parts that overlap count twice.
+    another one what its convex hull does. Parts that overlap count twice, and loose parts are one rigid body.
 
     Raises:
         UserError: the file is no shape, or one without a volume.

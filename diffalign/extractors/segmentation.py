@@ -24,7 +24,7 @@ _COLORS = (
     "4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff"
 )
 PALETTE = np.array([list(bytes.fromhex(color)) for color in _COLORS.split()], np.uint8)
-"""Colours of ADE20K's 150 classes, as ControlNets know them. 6 (road) and 52 (path) have the same one."""
+"""Colours of ADE20K's 150 classes, as ControlNets know them. 6 (road) and 48 (skyscraper) share one."""
 NONE = -1
 """What is no class: black in a picture."""
 
