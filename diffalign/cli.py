@@ -30,7 +30,7 @@ DEFAULT_CONFIG = {"quickstart": "quickstart"}
 TEXT_CONFIG = {"quickstart": "text/quickstart"}
 """What ``--text`` runs instead: the same verb on the embedded language model."""
 OVERRIDE = re.compile(r"[\w.-]+=")
-LISTS = ("methods", "objectives", "shapings", "families", "scorers")
+LISTS = ("methods", "objectives", "shapings", "families", "scorers", "extractors")
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space on the device, over the quota, over a limit on the size of a file."""

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from diffalign import __version__, predict, records, scoring
+from diffalign import __version__, extractors, predict, records, scoring
 from diffalign.config import ModelConfig, TrainConfig
 from diffalign.configfile import load
 from diffalign.errors import UserError, nearest
@@ -207,7 +207,7 @@ def _print(table: Table) -> None:
 
 
 def list_command(what: str) -> None:
-    """Print a table of what a config can name: methods, objectives, shapings, families or scorers."""
+    """Print a table of what a config can name: methods, objectives, shapings, families, scorers or extractors."""
     columns, rows = _listing(what)
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
@@ -229,6 +229,7 @@ def _listing(what: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         "shapings": (("name", "over", "for", "paper", "where"), _shaping_rows),
         "families": (("name", "what", "where"), _family_rows),
         "scorers": (("name", "what", "where"), _scorer_rows),
+        "extractors": (("name", "what", "where"), _extractor_rows),
     }[what]
     return columns, list(rows())
 
@@ -285,6 +286,11 @@ def _scorer_rows() -> Iterator[tuple[str, ...]]:
         else:
             [point] = metadata.entry_points(group=scoring.GROUP, name=name)
             yield name, f"from {point.dist.name if point.dist else 'another package'}", point.value
+
+
+def _extractor_rows() -> Iterator[tuple[str, ...]]:
+    for name in extractors.extractor_names():
+        yield name, *_module_row(Path(extractors.__file__).with_name(f"{name}.py"), "build")
 
 
 def _module_row(path: Path, definition: str) -> tuple[str, str]:

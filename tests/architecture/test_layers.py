@@ -57,6 +57,7 @@ SIDEWAYS = {
     "families": {"media", "networks", "foreign"},
     "kohya": {"weights"},
     "scoring": {"records"},
+    "extractors": {"foreign"},
     "engines": {"records", "engine_ray"},
     "engine_ray": {"records"},
     "generate": {"models", "prompts"},
@@ -98,6 +99,8 @@ PARTS = {
     ("diffalign.families._trellis_files", "diffalign.families._trellis_net"),
 }
 """Families that are made of other files of the package."""
+SCORERS = {"scoring", "errors", "geneval", "mesh", "records", "extractors"}
+"""What scorers may import: the protocol, and what reads the files and conditions they are given."""
 COMMON = {f"diffalign.families.{name}" for name in ("base", "_pipeline")}
 ON_USE = {"diffalign.families._trellis_net"}
 """Modules that are only imported inside functions, so that what they import costs nothing before."""
@@ -220,7 +223,7 @@ def test_scorers_are_reached_by_name_only(modules):
 def test_scorers_know_only_the_protocol(modules):
     for name, item in inside(modules):
         if part(name) == "scorers" and part(item.module) != "scorers":
-            allowed = {"scoring", "errors", "geneval", "foreign"} | (
+            allowed = {"scoring", "errors", "geneval", "foreign", "mesh", "media", "records", "extractors"} | (
                 {"worlds"} if name.rpartition(".")[2] in WORLDS else set()
             )
             assert part(item.module) in allowed, f"{name}:{item.line} imports {item.module}"

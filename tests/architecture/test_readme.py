@@ -7,7 +7,7 @@ import pytest
 from diffalign.doctor import markdown_list
 
 
-@pytest.mark.parametrize("what", ["methods", "objectives", "shapings", "families", "scorers"])
+@pytest.mark.parametrize("what", ["methods", "objectives", "shapings", "families", "scorers", "extractors"])
 def test_table_is_fresh(root, what):
     text = (root / "README.md").read_text(encoding="utf-8")
     found = re.search(rf"<!-- {what} -->\n(.*?)<!-- /{what} -->", text, re.DOTALL)

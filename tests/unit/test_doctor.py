@@ -157,6 +157,7 @@ def test_run_raises_one_summary(healthy, write_config):
         ("objectives", ["sigmoid", "role reference", "arXiv:2305.18290", "diffalign/objectives/pair.py:"]),
         ("families", ["sd3", "diffalign/families/sd3.py:"]),
         ("scorers", ["shapes", "scorers/shapes.py:"]),
+        ("extractors", ["canny", "diffalign/extractors/canny.py:"]),
     ],
 )
 def test_list(cli, what, parts):
