@@ -156,11 +156,13 @@ def refuse_misfit(wrong: Mapping[str, Sequence[str]], source: object) -> None:
         raise UserError(f"{source} does not fit the network; {'; '.join(parts)}")
 
 
-def score_pictures(samples: Sequence[Sample], score: Callable[[Sequence[Sample]], Iterable[Score]]) -> list[Outcome]:
-    """Score the samples that have a usable picture together; each of the others is a failure of its own."""
+def score_pictures(
+    samples: Sequence[Sample], score: Callable[[Sequence[Sample]], Iterable[Score]], batch: int | None = None
+) -> list[Outcome]:
+    """Score the samples that have a usable picture, ``batch`` at a time; each of the others is a failure of its own."""
     outcomes: list[Outcome | None] = [_unusable(sample.image) for sample in samples]
     good = [sample for sample, failure in zip(samples, outcomes, strict=True) if failure is None]
-    scores = iter(score(good) if good else ())
+    scores = (one for some in cuts(good, batch or len(good) or 1) for one in score(some))
     return [next(scores) if failure is None else failure for failure in outcomes]
 
 

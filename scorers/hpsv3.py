@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,12 +59,9 @@ class _Hps3:
     accepts: frozenset[str] = frozenset({"image"})
 
     def __call__(self, samples: Sequence[Sample]) -> list[Outcome]:
-        from ._loading import cuts, score_pictures
+        from ._loading import score_pictures
 
-        def score(good: Sequence[Sample]) -> Iterator[Score]:
-            return (score for some in cuts(good, self.batch) for score in self._scores(some))
-
-        return score_pictures(samples, score)
+        return score_pictures(samples, self._scores, self.batch)
 
     def _scores(self, samples: Sequence[Sample]) -> list[Score]:
         import torch

@@ -62,12 +62,9 @@ class _ImageReward:
     accepts: frozenset[str] = frozenset({"image"})
 
     def __call__(self, samples: Sequence[Sample]) -> list[Outcome]:
-        from ._loading import cuts, score_pictures
+        from ._loading import score_pictures
 
-        def score(good: Sequence[Sample]) -> Iterator[Score]:
-            return (score for some in cuts(good, self.batch) for score in self._scores(some))
-
-        return score_pictures(samples, score)
+        return score_pictures(samples, self._scores, self.batch)
 
     def _scores(self, samples: Sequence[Sample]) -> Iterator[Score]:
         import torch
