@@ -31,7 +31,7 @@ def run(config: ScoreConfig, dry_run: bool = False) -> Path:
             ``config.failures`` of the candidates cannot be scored.
     """
     source, out = siblings(config.records, config.out)
-    specs = _by_label(config.scorers)
+    specs = by_label(config.scorers)
     ids: set[str] = set()
     total = 0
     for record in records.read(source):
@@ -41,7 +41,7 @@ def run(config: ScoreConfig, dry_run: bool = False) -> Path:
     require_complete(source, len(ids))
     claim(out, {**_identity(source, specs), "count": len(ids)}, write=not dry_run)
     if dry_run:
-        first = next(score_records(records.read(source), source.parent, _load(specs), config.batch))
+        first = next(score_records(records.read(source), source.parent, load_scorers(specs), config.batch))
         labels = [{**candidate.labels, **candidate.errors} for candidate in first.candidates]
         print(f"would score {len(ids)} records of {source} with {', '.join(specs)} into {out}; first record: {labels}")
         return out
@@ -62,7 +62,12 @@ def _print_summary(out: Path, specs: Collection[str]) -> None:
         print(f"{label}: {line}{f'; {failed} candidates not scored' if failed else ''}")
 
 
-def _by_label(scorers: Iterable[ScorerConfig]) -> dict[str, ScorerConfig]:
+def by_label(scorers: Iterable[ScorerConfig]) -> dict[str, ScorerConfig]:
+    """Label -> what is configured for it.
+
+    Raises:
+        UserError: two scorers have the same label.
+    """
     specs: dict[str, ScorerConfig] = {}
     for spec in scorers:
         label = spec.label or spec.name
@@ -72,7 +77,8 @@ def _by_label(scorers: Iterable[ScorerConfig]) -> dict[str, ScorerConfig]:
     return specs
 
 
-def _load(specs: dict[str, ScorerConfig]) -> dict[str, Scorer]:
+def load_scorers(specs: dict[str, ScorerConfig]) -> dict[str, Scorer]:
+    """Label -> scorer."""
     return {label: load_scorer(spec.name, **spec.params) for label, spec in specs.items()}
 
 
@@ -96,7 +102,7 @@ def _score_missing(
         task = progress.add_task("score", total=len(ids), completed=len(output.done))
         if len(output.done) == len(ids):
             return
-        scorers = _load(specs)
+        scorers = load_scorers(specs)
         for group in record_groups(records.read(source), batch):
             if all(record.id in output.done for record in group):
                 continue

@@ -21,6 +21,7 @@ def test_verbs_are_pinned():
         "train",
         "export",
         "eval",
+        "serve",
         "report",
         "list",
         "doctor",
