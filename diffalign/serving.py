@@ -196,7 +196,8 @@ class Engine:
         found: list[Sample | Failure] = []
         for index, parcel in enumerate(job.parcels):
             place = folder / str(index)
-            place.mkdir(parents=True)
+            if parcel.contents:
+                place.mkdir(parents=True)
             try:
                 found.append(unpacked(parcel, place, self.max_pixels))
             except UserError as error:
