@@ -1,4 +1,4 @@
-"""What a reward server has answered, by the keys of its clients: in memory and, so that a kill loses none, in a file."""
+"""What a reward server has answered, by the keys of its clients: in memory and, against kills, in a file."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from diffalign.config import ServeConfig
 from diffalign.errors import UserError
 from diffalign.outcomes import Outcomes
 from diffalign.score import by_label, load_scorers
+from diffalign.scoring import Scorer
 from diffalign.serving import Engine
 
 MB = 10**6
@@ -42,10 +43,25 @@ def run(config: ServeConfig, dry_run: bool = False) -> None:
     if dry_run:
         print(f"would serve {', '.join(scorers)} on {config.host} port {config.port}")
         return
-    listener = _listen(config.host, config.port)
     identity = {"scorers": {label: {"name": spec.name, "params": spec.params} for label, spec in specs.items()}}
-    outcomes = Outcomes(Path(config.journal) if config.journal else None, config.retention, identity)
-    engine = Engine(
+    with _listen(config.host, config.port) as listener:
+        outcomes = Outcomes(Path(config.journal) if config.journal else None, config.retention, identity)
+        door = Door(
+            _engine(config, scorers, outcomes),
+            token=token,
+            max_items=config.max_items,
+            max_body=config.max_body_mb * MB,
+            timeout=config.timeout,
+            upload_timeout=config.upload_timeout,
+        )
+        host, port = listener.getsockname()[:2]
+        where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        print(f"serving {', '.join(scorers)} on {where}; {len(outcomes)} outcomes known", flush=True)
+        uvicorn.Server(uvicorn.Config(door.app(), log_level="warning", server_header=False)).run([listener])
+
+
+def _engine(config: ServeConfig, scorers: dict[str, Scorer], outcomes: Outcomes) -> Engine:
+    return Engine(
         scorers,
         outcomes,
         max_batch=config.max_batch,
@@ -54,25 +70,13 @@ def run(config: ServeConfig, dry_run: bool = False) -> None:
         max_bytes=config.max_queued_mb * MB,
         max_pixels=config.max_pixels,
     )
-    door = Door(
-        engine,
-        token=token,
-        max_items=config.max_items,
-        max_body=config.max_body_mb * MB,
-        timeout=config.timeout,
-        upload_timeout=config.upload_timeout,
-    )
-    host, port = listener.getsockname()[:2]
-    where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    print(f"serving {', '.join(scorers)} on {where}; {len(outcomes)} outcomes known", flush=True)
-    uvicorn.Server(uvicorn.Config(door.app(), log_level="warning", server_header=False)).run([listener])
 
 
 def _token(config: ServeConfig) -> str | None:
     """The token that clients must show, if any."""
     if config.token_env is None:
         if not _is_loopback(config.host):
-            raise UserError(f"host {config.host}: others can reach it, so `token_env` must name a variable with a token")
+            raise UserError(f"host {config.host}: not a loopback address, so `token_env` must name a variable")
         return None
     token = os.environ.get(config.token_env, "")
     if len(token) < 16 or not token.isascii() or any(c.isspace() for c in token):

@@ -100,9 +100,7 @@ class Door:
             raise Refused(429, f"{self.engine.queued} items are waiting already") from None
         limit = min(question.timeout or self.timeout, self.timeout)
         answers = await self._wait(question, asked, limit)
-        items = [
-            {"key": parcel.item.key, **answer} for parcel, answer in zip(parcels, answers, strict=True)
-        ]
+        items = [{"key": parcel.item.key, **answer} for parcel, answer in zip(parcels, answers, strict=True)]
         return JSONResponse({"version": VERSION, "items": items})
 
     async def _wait(self, question: Question, asked: Sequence[Job | Stored | Failure], limit: float) -> list[Any]:
@@ -177,4 +175,3 @@ class Door:
             headers["retry-after"] = str(RETRY_SECONDS)
         self.engine.counts["refused"] += 1
         return JSONResponse({"error": error.reason}, error.status, headers)
-

@@ -19,7 +19,7 @@ from typing import Any
 
 from diffalign.errors import UserError
 from diffalign.outcomes import Outcomes, Stored, Unit
-from diffalign.scoring import Failure, Outcome, Sample, Scorer, call
+from diffalign.scoring import Failure, Outcome, Sample, Scorer, score_batch
 from diffalign.wire import Parcel, to_json, unpacked
 
 
@@ -216,7 +216,7 @@ class Engine:
         for one in filter(None, calls):
             names = [f"item {jobs[j].parcels[i].item.key!r}" for j, i in one]
             try:
-                outcomes = call(label, self.scorers[label], [found[j][i] for j, i in one], names)
+                outcomes = score_batch(label, self.scorers[label], [found[j][i] for j, i in one], names)
             except Exception as error:  # out of memory, or a scorer that breaks its contract
                 outcomes = [Failure(type(error).__name__, str(error))] * len(one)
             for (j, i), outcome in zip(one, outcomes, strict=True):

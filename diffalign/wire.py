@@ -7,8 +7,8 @@
 JSON in UTF-8; then the bytes of all files, one after another, as the header lists them::
 
     {"version": 1, "scorer": "hps", "timeout": 60, "items": [
-        {"key": "7f3a-0", "prompt": "a cat", "meta": {}, "files": [{"role": "image", "suffix": ".png", "bytes": 81920}]},
-        {"key": "7f3a-1", "prompt": "a cat", "text": "Meow."}]}
+        {"key": "7f3a-0", "prompt": "a cat", "files": [{"role": "image", "suffix": ".png", "bytes": 81920}]},
+        {"key": "7f3a-1", "prompt": "a cat", "meta": {}, "text": "Meow."}]}
 
 A file's ``role`` is ``image``, ``video``, ``mesh`` or ``condition``; an item has a text or one file that is no
 condition. ``key`` is chosen by the client and names the item for good: asking again under the same key scores nothing
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diffalign.errors import UserError
 from diffalign.records import explain, media_kind, read_image
-from diffalign.scoring import KINDS, Failure, Outcome, Sample, Score
+from diffalign.scoring import Failure, Outcome, Sample, Score
 
 VERSION = 1
 CONTENT_TYPE = "application/vnd.diffalign.score"
@@ -180,7 +179,9 @@ def parcel(key: str, sample: Sample) -> Parcel:
         if value is None:
             continue
         content = _png(value) if role == "image" else _content(value)
-        files.append({"role": role, "suffix": ".png" if role == "image" else value.suffix.lower(), "bytes": len(content)})
+        files.append(
+            {"role": role, "suffix": ".png" if role == "image" else value.suffix.lower(), "bytes": len(content)}
+        )
         contents.append(content)
     try:
         meta = json.loads(json.dumps(dict(sample.meta), allow_nan=False))
@@ -271,11 +272,11 @@ def from_json(answer: Mapping[str, Any]) -> Outcome:
     status = answer["status"]
     if status == "ok":
         units = answer["units"]
-        return Score(float(answer["value"]), None if units is None else tuple(map(float, units)), dict(answer["detail"]))
+        return Score(
+            float(answer["value"]), None if units is None else tuple(map(float, units)), dict(answer["detail"])
+        )
     if status == "failed":
         return Failure(str(answer["kind"]), str(answer["reason"]))
     if status == "timeout":
         return Failure("timeout", "not scored in time")
     raise ValueError(f"status {status!r}")
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import UserError
@@ -37,6 +38,7 @@ class Caller:
         limits = httpx.Limits(max_connections=None)
         self.url, self.budget, self._failed = url.rstrip("/"), budget, httpx.TransportError
         self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(timeout, connect=10), limits=limits)
+        weakref.finalize(self, self._client.close)  # scorers have no end of their own
 
     def send(self, method: str, path: str, *, budget: float | None = None, **content: Any) -> httpx.Response:
         """The first answer that is neither busy nor broken, errors of ours (4xx) included.

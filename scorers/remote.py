@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from diffalign import wire
@@ -31,7 +32,7 @@ def build(
         timeout: seconds that one request may take.
         budget: seconds without any outcome after which the items of a call are failures (``remote`` or ``timeout``).
             A retry after a lost answer scores nothing twice.
-        batch: items per request, at most.
+        batch: items per request, at most; those of a comparing scorer stay together.
 
     Raises:
         UserError: the server cannot be reached within the budget, refuses us, speaks another version, or has no such
@@ -53,8 +54,9 @@ def build(
         if scorer not in scorers:
             raise UserError(f"{caller.url}: has no scorer {scorer!r}{nearest(scorer, scorers)}")
         found = scorers[scorer]
-        items, size = min(batch, int(limits["items"])), int(limits["bytes"])
-        return _Remote(caller, scorer, frozenset(found["accepts"]), bool(found["together"]), timeout, items, size)
+        accepts, together = frozenset(found["accepts"]), bool(found["together"])
+        items = int(limits["items"]) if together else min(batch, int(limits["items"]))
+        return _Remote(caller, scorer, accepts, together, timeout, items, int(limits["bytes"]))
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{caller.url}: is no reward server") from None
 
@@ -67,13 +69,15 @@ def _check(caller: Caller, response: Any) -> None:
         raise UserError(f"{caller.url}: is no reward server: {said(response)}")
 
 
+@dataclass(frozen=True, slots=True)
 class _Remote:
-    def __init__(
-        self, caller: Caller, scorer: str, accepts: frozenset[str], together: bool, timeout: float, items: int, size: int
-    ) -> None:
-        self.caller, self.scorer, self.timeout = caller, scorer, timeout
-        self.accepts, self.together = accepts, together
-        self.items, self.size = items, size
+    caller: Caller
+    scorer: str
+    accepts: frozenset[str]
+    together: bool
+    timeout: float
+    items: int
+    size: int
 
     def __call__(self, samples: Sequence[Sample]) -> list[Outcome]:
         outcomes: dict[int, Outcome] = {}

@@ -18,6 +18,7 @@ LEVELS = (
     {
         *("files", "families", "weights", "kohya", "records", "results", "importers", "scoring", "worlds"),
         *("media", "networks", "mesh", "foreign", "sharding", "parquet", "extractors", "engines", "engine_ray"),
+        *("wire", "outcomes"),
     },
     {"estimate", "samplers", "draws"},
     {"methods"},
@@ -25,6 +26,7 @@ LEVELS = (
     {
         *("generate", "prompts", "models", "score", "rewards", "choices", "build", "pool_page", "pages", "importing"),
         *("encoding", "dataset", "bank", "textset", "train", "evaluate"),
+        *("serve", "serve_http", "serving"),
         *("label", "report", "doctor", "quickstart", "export", "predict", "geneval_layout"),
     },
     {"cli", "__main__"},
@@ -47,6 +49,8 @@ SIDEWAYS = {
     "families": {"media", "networks", "foreign"},
     "kohya": {"weights"},
     "scoring": {"records"},
+    "wire": {"records", "scoring"},
+    "outcomes": {"files"},
     "engines": {"records", "engine_ray"},
     "engine_ray": {"records"},
     "generate": {"models", "prompts"},
@@ -54,6 +58,8 @@ SIDEWAYS = {
     "pool_page": {"rewards", "pages"},
     "build": {"rewards", "choices", "pool_page"},
     "report": {"pages"},
+    "serve": {"score", "serve_http", "serving"},
+    "serve_http": {"serving"},
     "importers": {"records", "files", "parquet"},
     "parquet": {"records", "files"},
     "mesh": {"files"},
@@ -207,7 +213,9 @@ def test_scorers_are_reached_by_name_only(modules):
 def test_scorers_know_only_the_protocol(modules):
     for name, item in inside(modules):
         if part(name) == "scorers" and part(item.module) != "scorers":
-            allowed = {"scoring", "errors", "geneval"} | ({"worlds"} if name.rpartition(".")[2] in WORLDS else set())
+            allowed = {"scoring", "errors", "geneval", "wire", "media"} | (
+                {"worlds"} if name.rpartition(".")[2] in WORLDS else set()
+            )
             assert part(item.module) in allowed, f"{name}:{item.line} imports {item.module}"
 
 
