@@ -28,6 +28,8 @@ class ImportConfig(Strict):
         "folders",
         "jsonl",
         "geneval",
+        "dpg",
+        "compbench",
         "prompts",
         "parquet",
     ] = Field(description="the layout of the source; parquet is what `diffalign export` writes")
