@@ -24,6 +24,6 @@ class Counting:
     accepts: frozenset[str] = frozenset({"text", "image"})
 
     def __call__(self, samples):
-        time.sleep(self.seconds)
         os.write(self.log, "".join(f"{sample.prompt}\n" for sample in samples).encode())
+        time.sleep(self.seconds)  # a kill in here finds items that were scored and have no outcome
         return [Score(float(secrets.randbits(53))) for _ in samples]

@@ -4,9 +4,9 @@
     python benchmarks/reward_server.py --check    # the same without a section in RESULTS.md
 
 Every client is a thread with a `remote` scorer of its own that asks for a few items at a time. The server's scorer
-writes a line for each scoring and gives it a random value, so that these must agree: what the clients were told, what
-the server's journal holds, and what was scored. An item may be scored twice only if it was in the one batch that a kill
-hit between its scoring and its journal entry.
+writes a line when it begins with an item and gives it a random value, so that these must agree: what the clients were
+told, what the server's journal holds, and what was scored. An item may be scored twice only if it was in the one batch
+that a kill hit between the beginning of its scoring and its journal entry.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import signal
 import socket
 import statistics
@@ -112,6 +113,7 @@ def load(server: Server, args: argparse.Namespace, kind: str, kills: int) -> Run
                     failed.append(f"{sample.prompt}: {outcome}")
             latencies.append(time.perf_counter() - began)
 
+    moments = random.Random(0)
     barrier = threading.Barrier(args.clients + 1)
     threads = [threading.Thread(target=client, args=(n,)) for n in range(args.clients)]
     for thread in threads:
@@ -122,6 +124,7 @@ def load(server: Server, args: argparse.Namespace, kind: str, kills: int) -> Run
         due = args.clients * args.items * (kill + 1) // (kills + 1)
         while len(told) + len(failed) < due:
             time.sleep(0.005)
+        time.sleep(moments.uniform(0, 4 * args.seconds))
         server.stop(signal.SIGKILL)
         server.start()
     for thread in threads:
@@ -157,8 +160,8 @@ def report(rows: list[str], twice: int, args: argparse.Namespace) -> str:
     parts = [
         f"`python benchmarks/reward_server.py {given}`, {machine()}.",
         f"**{args.kills} kills under load: every item has one outcome, and none whose outcome was written was scored "
-        f"again.** {args.clients} clients on one server with a journal. {twice} items were in the batch that a kill "
-        "hit before its outcomes were on disk; these were scored a second time, and their clients were told the second "
+        f"again.** {args.clients} clients on one server with a journal. {twice} items were being scored when a "
+        "kill hit and had no outcome on disk; these were scored a second time, and their clients were told the second "
         "value alone.",
         "\n".join([table, *rows]),
         f"Latency is that of a request of {args.request} items, retries and restarts of the server included. Clients "
