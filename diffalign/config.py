@@ -16,6 +16,7 @@ from diffalign.config_data import (
     ImportConfig,
     LabelConfig,
     ScoreConfig,
+    ServeConfig,
     SourceConfig,
 )
 from diffalign.config_parts import (
@@ -50,6 +51,7 @@ __all__ = [
     "SamplingConfig",
     "ScoreConfig",
     "ScorerConfig",
+    "ServeConfig",
     "SourceConfig",
     "TrainConfig",
 ]
@@ -250,6 +252,7 @@ VERBS: dict[str, tuple[type[Strict] | None, str, str]] = {
         "weights -> diffusers, PEFT, LoRA or kohya; records -> parquet",
     ),
     "eval": (EvalConfig, "diffalign.evaluate:run", "GenEval-style table, paired with a baseline"),
+    "serve": (ServeConfig, "diffalign.serve:run", "scorers behind HTTP, for clients with `name: remote`"),
     "report": (ReportConfig, "diffalign.report:run", "run folders -> one HTML page"),
     "list": (None, "diffalign.doctor:list_command", "methods, objectives, shapings, families, scorers"),
     "doctor": (None, "diffalign.doctor:run", "versions, devices, disk, config and data"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from diffalign.config_parts import DecodingConfig, ModelConfig, PromptsConfig, SamplingConfig, ScorerConfig
 from diffalign.configfile import Strict
@@ -28,6 +28,8 @@ class ImportConfig(Strict):
         "folders",
         "jsonl",
         "geneval",
+        "dpg",
+        "compbench",
         "prompts",
         "parquet",
     ] = Field(description="the layout of the source; parquet is what `diffalign export` writes")
@@ -157,3 +159,36 @@ class LabelConfig(Strict):
     merge: str | None = Field(
         default=None, description="write the records with labels into this .jsonl beside them, and serve nothing"
     )
+
+
+class ServeConfig(Strict):
+    """`diffalign serve`: scorers behind HTTP."""
+
+    scorers: list[ScorerConfig] = Field(min_length=1, description="a list, or names with commas between them")
+    host: str = Field(default="127.0.0.1", description="address to listen on; any but a loopback one needs a token")
+    port: int = Field(default=8765, ge=0, le=65535, description="0: a free one, which is printed")
+    token_env: str | None = Field(default=None, description="environment variable that holds the token of the clients")
+    journal: str | None = Field(
+        default=None, description="file of all outcomes: with it a killed server forgets none of them"
+    )
+    retention: float = Field(default=86400, gt=0, description="seconds that an outcome is kept for who asks again")
+    max_batch: int = Field(default=64, gt=0, description="items per scorer call, of all clients")
+    max_wait_ms: float = Field(default=20, ge=0, description="how long an item waits for others to join its call")
+    max_queued: int = Field(default=4096, gt=0, description="items that may wait; more are answered 429")
+    max_queued_mb: int = Field(default=1024, gt=0, description="megabytes of requests that are held; as above")
+    max_items: int = Field(default=1024, gt=0, description="items per request")
+    max_body_mb: int = Field(default=256, gt=0, description="megabytes per request")
+    max_pixels: int = Field(default=64_000_000, gt=0, le=64_000_000, description="pixels per picture")
+    timeout: float = Field(default=300, gt=0, description="seconds after which an item is answered as `timeout`")
+    upload_timeout: float = Field(default=60, gt=0, description="seconds that a request may take to arrive")
+
+    @field_validator("scorers", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return [{"name": name.strip()} for name in value.split(",")] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> ServeConfig:
+        if self.max_items > self.max_queued or self.max_body_mb > self.max_queued_mb:
+            raise ValueError("a request of max_items and max_body_mb must fit into max_queued and max_queued_mb")
+        return self

@@ -173,6 +173,26 @@ def _frames(root: Path, name: str) -> Iterator[Image.Image]:
             yield frame.to_image()
 
 
+def frames_at(root: Path, name: str, fps: float) -> Iterator[tuple[float, Image.Image]]:
+    """The frames of a clip at so many per second, each with its time in seconds since the first.
+
+    A clip with fewer frames than that gives all of them, none twice.
+
+    Raises:
+        UserError: no such file, or an unreadable one.
+    """
+    start = None
+    due = 0.0
+    with _video(root, name) as (container, stream):
+        rate = float(stream.average_rate or FPS)
+        for index, frame in enumerate(container.decode(stream)):
+            time = index / rate if frame.time is None else frame.time
+            start = time if start is None else start
+            if time - start >= due - 1e-6:
+                yield time - start, frame.to_image()
+                due = (int((time - start) * fps + 1e-6) + 1) / fps
+
+
 @contextmanager
 def _video(root: Path, name: str) -> Iterator[tuple[Any, Any]]:
     """The open container of a clip and its first video stream."""

@@ -33,7 +33,7 @@ def run(config: ScoreConfig, dry_run: bool = False) -> Path:
             ``config.failures`` of the candidates cannot be scored.
     """
     source, out = siblings(config.records, config.out)
-    specs = _by_label(config.scorers)
+    specs = by_label(config.scorers)
     ids: set[str] = set()
     total = 0
     for record in records.read(source):
@@ -43,7 +43,7 @@ def run(config: ScoreConfig, dry_run: bool = False) -> Path:
     require_complete(source, len(ids))
     claim(out, {**_identity(source, specs), "count": len(ids)}, write=not dry_run)
     if dry_run:
-        first = next(score_records(records.read(source), source.parent, _load(specs), config.batch))
+        first = next(score_records(records.read(source), source.parent, load_scorers(specs), config.batch))
         labels = [{**candidate.labels, **candidate.errors} for candidate in first.candidates]
         print(f"would score {len(ids)} records of {source} with {', '.join(specs)} into {out}; first record: {labels}")
         return out
@@ -64,7 +64,12 @@ def _print_summary(out: Path, specs: Collection[str]) -> None:
         print(f"{label}: {line}{f'; {failed} candidates not scored' if failed else ''}")
 
 
-def _by_label(scorers: Iterable[ScorerConfig]) -> dict[str, ScorerConfig]:
+def by_label(scorers: Iterable[ScorerConfig]) -> dict[str, ScorerConfig]:
+    """Label -> what is configured for it.
+
+    Raises:
+        UserError: two scorers have the same label.
+    """
     specs: dict[str, ScorerConfig] = {}
     for spec in scorers:
         label = spec.label or spec.name
@@ -74,7 +79,8 @@ def _by_label(scorers: Iterable[ScorerConfig]) -> dict[str, ScorerConfig]:
     return specs
 
 
-def _load(specs: dict[str, ScorerConfig]) -> dict[str, Scorer]:
+def load_scorers(specs: dict[str, ScorerConfig]) -> dict[str, Scorer]:
+    """Label -> scorer."""
     return {label: load_scorer(spec.name, **spec.params) for label, spec in specs.items()}
 
 
@@ -117,7 +123,7 @@ def _ids(group: Iterable[Record]) -> set[str]:
 
 def load_worker(root: Path, specs: dict[str, ScorerConfig], batch: int) -> Callable[[Sequence[Record]], list[Record]]:
     """What scores a group of records in whole; the scorers are loaded once."""
-    scorers = _load(specs)
+    scorers = load_scorers(specs)
     return lambda group: list(score_records(group, root, scorers, batch))
 
 

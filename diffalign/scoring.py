@@ -279,7 +279,7 @@ def _column(label: str, scorer: Scorer, items: Sequence[_Item], batch: int) -> l
         else:
             todo[n] = item.sample
     for call in _calls(scorer, items, list(todo), batch):
-        outcomes = _call(label, scorer, [todo[n] for n in call], [items[n].name for n in call])
+        outcomes = score_batch(label, scorer, [todo[n] for n in call], [items[n].name for n in call])
         for n, outcome in zip(call, outcomes, strict=True):
             column[n] = outcome
     return column
@@ -295,10 +295,13 @@ def _calls(scorer: Scorer, items: Sequence[_Item], todo: Sequence[int], batch: i
     return list(by_record.values())
 
 
-def _call(label: str, scorer: Scorer, samples: Sequence[Sample], names: Sequence[str]) -> list[Outcome]:
+def score_batch(label: str, scorer: Scorer, samples: Sequence[Sample], names: Sequence[str]) -> list[Outcome]:
     """One scorer on one batch, its answer checked; ``names`` say which candidates these are.
 
     A batch that fails as a whole is scored again item by item, so that one bad item costs no other its score.
+
+    Raises:
+        UserError: the scorer does not read what it is given, or does not return one outcome per sample.
     """
     for sample, name in zip(samples, names, strict=True):
         if sample.kind not in scorer.accepts:
@@ -312,7 +315,7 @@ def _call(label: str, scorer: Scorer, samples: Sequence[Sample], names: Sequence
         if len(samples) == 1 or getattr(scorer, "together", False):
             kind = "input" if isinstance(error, UserError) else type(error).__name__
             return [Failure(kind, str(error))] * len(samples)
-        return [_call(label, scorer, [s], [n])[0] for s, n in zip(samples, names, strict=True)]
+        return [score_batch(label, scorer, [s], [n])[0] for s, n in zip(samples, names, strict=True)]
     if len(outcomes) != len(samples):
         where = f"({names[0]} to {names[-1]})"
         raise UserError(f"scorer {label!r} returned {len(outcomes)} scores for {len(samples)} samples {where}")

@@ -7,6 +7,7 @@ be used are handed on as :class:`Broken`, never dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ FORMATS: dict[str, Format] = {
     "imagereward": Format(
         pictures.imagereward,
         (("prompt_id", "prompt", "rank", "image_path"), ("prompt_id", "prompt", "rank", "image")),
-        pictures.prompt_groups,
+        partial(tables.groups, column="prompt_id"),
         id="prompt_id",
     ),
     "videofeedback": Format(clips.videofeedback, (("id", "text prompt", *clips.DIMENSIONS),)),
@@ -67,6 +68,18 @@ FORMATS: dict[str, Format] = {
         folders.list_rows,
     ),
     "geneval": Format(prompts.geneval, (("tag", "include", "prompt"),)),
+    "dpg": Format(
+        prompts.dpg,
+        (
+            (
+                *("item_id", "text", "proposition_id", "dependency"),
+                *("category_broad", "question_natural_language"),
+            ),
+        ),
+        partial(tables.groups, column="item_id"),
+        id="item_id",
+    ),
+    "compbench": Format(prompts.compbench, (("prompt", "tag"),), prompts.compbench_rows),
     "prompts": Format(prompts.prompts, (("prompt",),), prompts.prompt_rows),
     "parquet": Format(_own, (tuple(COLUMNS),), id="id"),
 }

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError
-from diffalign.importers import tables
 from diffalign.importers.fields import array, known, number, text
 from diffalign.importers.shelf import Shelf
 from diffalign.records import Candidate, Record
@@ -66,17 +62,6 @@ def hpdv3(name: str, row: dict[str, Any], shelf: Shelf) -> Record:
         candidates.append(Candidate(sample=shelf.take(path), labels={"reward": reward}, origin=origin))
     meta = known(row, "confidence", "choice_dist")
     return Record(id=name, prompt=text(row, "prompt"), source="hpdv3", candidates=candidates, meta=meta)
-
-
-def prompt_groups(source: Path, split: str | None) -> Iterator[tables.Row]:
-    """ImageRewardDB has a row per picture and those of a prompt together: a row per prompt, with ``rows``."""
-
-    def key(row: tables.Row) -> Any:
-        return row if isinstance(row, UserError) else row.get("prompt_id")
-
-    for _, group in groupby(tables.rows(source, split), key):
-        first, *rest = group
-        yield first if isinstance(first, UserError) else {**first, "rows": [first, *rest]}
 
 
 def imagereward(name: str, row: dict[str, Any], shelf: Shelf) -> Record:

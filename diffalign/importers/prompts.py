@@ -1,14 +1,14 @@
-"""Prompts without answers: GenEval's metadata, a text file, a list with condition images."""
+"""Prompts without answers: those of GenEval, DPG-Bench and T2I-CompBench, a text file, a list with condition images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError
 from diffalign.importers import tables
-from diffalign.importers.fields import array, others, text
+from diffalign.importers.fields import array, number, others, text
 from diffalign.importers.shelf import Shelf
 from diffalign.records import Record
 
@@ -18,6 +18,55 @@ def geneval(name: str, row: dict[str, Any], shelf: Shelf) -> Record:
     text(row, "tag")
     array(row, "include")
     return Record(id=name, prompt=text(row, "prompt"), source="geneval", meta=row)
+
+
+def dpg(name: str, row: dict[str, Any], shelf: Shelf) -> Record:
+    """The questions of ``dpg_bench.csv`` about a prompt, one a row, each with the places of those it depends on.
+
+    All prompts have one tag, since the benchmark's score is their plain mean; what a question is about is in
+    ``category``.
+    """
+    rows = row["rows"]
+    places = {int(number(item, "proposition_id")): place for place, item in enumerate(rows)}
+    if len(places) < len(rows):
+        raise UserError("proposition_id: one is there twice")
+    dependency = [[places[parent] for parent in _parents(item, places)] for item in rows]
+    meta = {
+        "tag": "dpg",
+        "questions": [text(item, "question_natural_language") for item in rows],
+        "dependency": dependency,
+        "category": [text(item, "category_broad") for item in rows],
+    }
+    return Record(id=name, prompt=text(row, "text"), source="dpg", meta=meta)
+
+
+def _parents(row: dict[str, Any], places: Container[int]) -> list[int]:
+    """The propositions that one depends on; 0 stands for none."""
+    try:
+        parents = [int(part) for part in text(row, "dependency").split(",")]
+    except ValueError:
+        raise UserError(f"dependency: expected numbers, found {row['dependency'][:40]!r}") from None
+    found = [parent for parent in parents if parent]
+    unknown = [parent for parent in found if parent not in places]
+    if unknown:
+        raise UserError(f"dependency: no proposition {unknown[0]}")
+    return found
+
+
+def compbench_rows(source: Path, split: str | None) -> Iterator[tables.Row]:
+    """The lines of T2I-CompBench's ``<category>_<split>.txt``: one file, or all of a folder's split (``val``)."""
+    split = split or "val"
+    files = sorted(source.glob(f"*_{split}.txt")) if source.is_dir() else [source]
+    if not files:
+        raise UserError(f"source: {source} holds no <category>_{split}.txt")
+    for path in files:
+        tag = path.stem.removesuffix(f"_{split}")
+        yield from ({"prompt": line, "tag": tag} for line in _lines(path))
+
+
+def compbench(name: str, row: dict[str, Any], shelf: Shelf) -> Record:
+    """A prompt of T2I-CompBench; its category is the tag."""
+    return Record(id=name, prompt=row["prompt"], source="compbench", meta={"tag": row["tag"]})
 
 
 def prompt_rows(source: Path, split: str | None) -> Iterator[tables.Row]:
@@ -31,11 +80,14 @@ def prompt_rows(source: Path, split: str | None) -> Iterator[tables.Row]:
     if source.suffix != ".txt":
         yield from tables.rows(source, split)
         return
+    yield from ({"prompt": line} for line in _lines(source))
+
+
+def _lines(source: Path) -> Iterator[str]:
+    """The lines of a text file that are not empty."""
     try:
         with source.open(encoding="utf-8-sig") as handle:
-            for line in handle:
-                if line.strip():
-                    yield {"prompt": line.strip()}
+            yield from filter(None, map(str.strip, handle))
     except FileNotFoundError:
         raise UserError(f"source: no file {source}") from None
     except UnicodeDecodeError as error:

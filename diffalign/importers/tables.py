@@ -10,6 +10,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,17 @@ def rows(source: Path, split: str | None = None) -> Iterator[Row]:
     """
     for path in files(source, split):
         yield from READERS[path.suffix](path)
+
+
+def groups(source: Path, split: str | None = None, *, column: str) -> Iterator[Row]:
+    """The rows that stand together and have the same value in a column as one row: the first one, with ``rows``."""
+
+    def key(row: Row) -> Any:
+        return row if isinstance(row, UserError) else row.get(column)
+
+    for _, group in groupby(rows(source, split), key):
+        first, *rest = group
+        yield first if isinstance(first, UserError) else {**first, "rows": [first, *rest]}
 
 
 def files(source: Path, split: str | None = None) -> list[Path]:

@@ -18,6 +18,7 @@ LEVELS = (
     {
         *("files", "families", "weights", "kohya", "records", "results", "importers", "scoring", "worlds"),
         *("media", "networks", "mesh", "foreign", "sharding", "parquet", "extractors", "engines", "engine_ray"),
+        *("wire", "outcomes"),
     },
     {"estimate", "samplers", "draws"},
     {"methods"},
@@ -25,17 +26,8 @@ LEVELS = (
     {
         *("generate", "prompts", "models", "score", "rewards", "choices", "build", "pool_page", "pages", "importing"),
         *("encoding", "dataset", "bank", "textset", "train", "evaluate"),
-        *(
-            "label",
-            "report",
-            "doctor",
-            "quickstart",
-            "export",
-            "predict",
-            "geneval_layout",
-            "comparison",
-            "overoptimisation",
-        ),
+        *("label", "report", "doctor", "quickstart", "export", "predict", "serve", "serve_http", "serving"),
+        *("geneval_layout", "comparison", "overoptimisation"),
     },
     {"cli", "__main__"},
 )
@@ -58,6 +50,8 @@ SIDEWAYS = {
     "kohya": {"weights"},
     "scoring": {"records"},
     "extractors": {"foreign"},
+    "wire": {"records", "scoring"},
+    "outcomes": {"files"},
     "engines": {"records", "engine_ray"},
     "engine_ray": {"records"},
     "generate": {"models", "prompts"},
@@ -66,6 +60,8 @@ SIDEWAYS = {
     "build": {"rewards", "choices", "pool_page"},
     "score": {"engines"},
     "report": {"pages", "overoptimisation"},
+    "serve": {"score", "serve_http", "serving"},
+    "serve_http": {"serving"},
     "importers": {"records", "files", "parquet"},
     "parquet": {"records", "files"},
     "mesh": {"files"},
@@ -223,7 +219,7 @@ def test_scorers_are_reached_by_name_only(modules):
 def test_scorers_know_only_the_protocol(modules):
     for name, item in inside(modules):
         if part(name) == "scorers" and part(item.module) != "scorers":
-            allowed = {"scoring", "errors", "geneval", "foreign", "mesh", "media", "records", "extractors"} | (
+            allowed = {"scoring", "errors", "geneval", "foreign", "mesh", "media", "records", "extractors", "wire"} | (
                 {"worlds"} if name.rpartition(".")[2] in WORLDS else set()
             )
             assert part(item.module) in allowed, f"{name}:{item.line} imports {item.module}"
