@@ -31,6 +31,7 @@ NOT_ALWAYS_DOWNHILL = {
     "gpo": "the squared link has its minimum at 1",
     "ipo": "regresses on a gap that may be smaller",
     "inpo": "regresses on a gap that may be smaller",
+    "nca_pair": "holds the better one down once its own ratio is past ln 2 / beta",
     "mnpo": "regresses on a gap that may be smaller",
     "modpo": "other rewards may outweigh the pair",
     "simpo": "hinges beyond the margin",
