@@ -60,7 +60,7 @@ class Chain:
 
     def command(self, verb: str, content: dict[str, Any], name: str) -> list[str]:
         path = self.root / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(content))
+        path.write_text(yaml.safe_dump(content, sort_keys=False))  # the order of the sources counts
         return [sys.executable, "-m", "diffalign", verb, str(path)]
 
     def run(self, verb: str, content: dict[str, Any], name: str) -> None:
