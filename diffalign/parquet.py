@@ -30,6 +30,7 @@ CANDIDATE = {
     "condition": FILE,
     "labels": pa.string(),
     "origin": pa.string(),
+    "errors": pa.string(),
 }
 COLUMNS = {
     "id": pa.string(),
@@ -37,6 +38,7 @@ COLUMNS = {
     "conversation": pa.bool_(),
     "condition": FILE,
     "source": pa.string(),
+    "source_file": FILE,
     "candidates": pa.list_(pa.struct(CANDIDATE)),
     "meta": pa.string(),
 }
@@ -123,7 +125,7 @@ def _schema(source: Path, contents: Contents) -> pa.Schema:
         **contents._asdict(),
         "made_from": json.loads(sidecar.read_bytes()) if sidecar.is_file() else None,
     }
-    features = {name: _feature(kind) for name, kind in COLUMNS.items()}
+    features = {name: _feature(kind) for name, kind in COLUMNS.items()} | {"source_file": _any_file()}
     metadata = {"huggingface": json.dumps({"info": {"features": features}}), "diffalign": json.dumps(origin)}
     return pa.schema(COLUMNS, metadata=metadata)
 
@@ -132,11 +134,16 @@ def _feature(kind: pa.DataType) -> Any:
     """A column as `datasets` describes it. Lists are written as version 3 wrote them, which later ones read."""
     if pa.types.is_list(kind):
         inner = {name: _feature(column) for name, column in CANDIDATE.items()}
-        inner["media"] = {"bytes": _feature(pa.binary()), "path": _feature(pa.string())}
+        inner["media"] = _any_file()
         return [inner]
     if kind == FILE:
         return {"_type": "Image"}
     return {"dtype": str(kind), "_type": "Value"}
+
+
+def _any_file() -> dict[str, Any]:
+    """A file that need not be a picture."""
+    return {"bytes": _feature(pa.binary()), "path": _feature(pa.string())}
 
 
 # --- a record and its row -------------------------------------------------------------------------------------------
@@ -148,6 +155,7 @@ def _row(record: Record, root: Path) -> dict[str, Any]:
         **_content("prompt", record.prompt),
         "condition": _picture(record.condition, root),
         "source": record.source,
+        "source_file": _source(record.source, root),
         "candidates": [_candidate(candidate, root) for candidate in record.candidates],
         "meta": json.dumps(record.meta, ensure_ascii=False),
     }
@@ -163,7 +171,16 @@ def _candidate(candidate: Candidate, root: Path) -> dict[str, Any]:
         "condition": _picture(candidate.condition, root),
         "labels": json.dumps(candidate.labels, ensure_ascii=False),
         "origin": json.dumps(candidate.origin, ensure_ascii=False),
+        "errors": json.dumps(candidate.errors, ensure_ascii=False),
     }
+
+
+def _source(relative: str | None, root: Path) -> dict[str, Any] | None:
+    """What a record is made from, where its source names a file of the folder; it may be any text."""
+    try:
+        return _file(relative, root) if relative is not None else None
+    except UserError:
+        return None
 
 
 def _content(key: str, value: str | list[Message] | None) -> dict[str, Any]:
@@ -205,6 +222,7 @@ def record_of(row: dict[str, Any], restore: Callable[[str, bytes], str]) -> Reco
                 condition=_restored(item["condition"], restore),
                 labels=json.loads(item["labels"]),
                 origin=json.loads(item["origin"]),
+                errors=json.loads(item["errors"]),
             )
             for item in row["candidates"]
         ]
@@ -212,7 +230,7 @@ def record_of(row: dict[str, Any], restore: Callable[[str, bytes], str]) -> Reco
             id=row["id"],
             prompt=_turns(row, "prompt"),  # type: ignore[arg-type]
             condition=_restored(row["condition"], restore),
-            source=row["source"],
+            source=_restored(row["source_file"], restore) or row["source"],
             candidates=candidates,
             meta=json.loads(row["meta"]),
         )

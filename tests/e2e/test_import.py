@@ -133,6 +133,7 @@ def mixed(tmp_path):
     for i, name in enumerate(("media/a.png", "media/b/c.jpg", "top.webp")):
         published.put(folder / name, i, {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[name.rpartition(".")[2]])
     (folder / "media/clip.mp4").write_bytes(b"clip")
+    (folder / "media/real.mp4").write_bytes(b"real")
     turns = [Message(role="user", content="ü\u2028"), Message(role="assistant", content="")]
     rows = [
         Record(
@@ -146,7 +147,12 @@ def mixed(tmp_path):
             ],
             meta={"tag": "colors", "nested": [{"x": None}]},
         ),
-        Record(id="clip", prompt="a boat", candidates=[Candidate(sample="media/clip.mp4")]),
+        Record(
+            id="clip",
+            prompt="a boat",
+            source="media/real.mp4",
+            candidates=[Candidate(sample="media/clip.mp4", errors={"vq": "timeout: after 5 s"})],
+        ),
         Record(id="chat", prompt=turns[:1], candidates=[Candidate(text=turns[1:]), Candidate(text="")]),
         Record(id="prompt", prompt="[]"),
     ]
@@ -193,7 +199,7 @@ def test_shards_row_groups_and_where_it_is_from(mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "GROUP_ROWS", 1)
     contents = parquet.survey(mixed)
     (tmp_path / "pq").mkdir()
-    assert parquet.write(mixed, tmp_path / "pq", contents, 50) == 3
+    assert parquet.write(mixed, tmp_path / "pq", contents, 120) == 3
     names = sorted(path.name for path in (tmp_path / "pq").iterdir())
     assert names == [f"data-0000{i}-of-00003.parquet" for i in range(3)]
     groups = [pq.ParquetFile(tmp_path / "pq" / name) for name in names]
