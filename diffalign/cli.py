@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import re
 import shutil
@@ -107,6 +108,7 @@ def _run(words: list[str]) -> None:
         return
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nobody asked for
     if verb == "eval" and len(rest) == 2 and all(map(os.path.isdir, rest)):
         _function("diffalign.evaluate:compare_runs")(*rest)
     elif model is None:
