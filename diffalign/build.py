@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +29,12 @@ OPTIONS = {
 """Option -> the rules it belongs to."""
 UNITS = {"best_worst": "records", "ranked": "records", "unpaired": "candidates"}
 """What a rule counts ties in; the others count pairs."""
+DECIDED = 0.2  # of DenseDPO
+DROPPED = {
+    "vetoed": "pairs dropped by constraints",
+    "failed": "candidates left out because a scorer failed on them",
+    "short": "records dropped because too few candidates are left",
+}
 
 
 def run(config: BuildConfig, dry_run: bool = False) -> Path:
@@ -66,13 +71,6 @@ def _print_counts(config: BuildConfig, counts: Counter[str], outputs: Sequence[P
         f"{done} {counts['out']} training records from {counts['in']} scored records to "
         f"{', '.join(map(str, outputs))}; {counts['ties']} {unit} {fate} as ties{dropped}"
     )
-
-
-DROPPED = {
-    "vetoed": "pairs dropped by constraints",
-    "failed": "candidates left out because a scorer failed on them",
-    "short": "records dropped because too few candidates are left",
-}
 
 
 def stage_files(out: Path, stages: int) -> list[Path]:
@@ -124,6 +122,7 @@ class Builder:
         ranges = config.combine == "zscore" or config.soft == "range"
         self._pool = rewards.pool_spread(records.read(source), config.reward) if ranges else None
         self._least = 1 if config.rule in ("unpaired", "conditions") else 2
+        self._decided = DECIDED if config.decided is None else config.decided
         self._scale = self._soft_scale()
 
     def _soft_scale(self) -> float | None:
@@ -208,11 +207,11 @@ class Builder:
             limits = {**dict.fromkeys(config.reward, 0.0), **limits}
         veto = rewards.vetoes(record, config.reward, limits) if limits else frozenset()
         rules: dict[str, Callable[[], Choice]] = {
-            "best_worst": partial(choices.best_worst, values, config.margin, veto),
-            "all_pairs": partial(choices.all_pairs, values, config.margin, config.per_prompt, veto),
-            "ranked": partial(choices.ranked, values, config.margin, config.top),
-            "unpaired": partial(choices.unpaired, values, config.margin, config.threshold or 0.0),
-            "segments": partial(choices.segments, _per_segment(record, values), config.margin, config.decided or 0.2),
+            "best_worst": lambda: choices.best_worst(values, config.margin, veto),
+            "all_pairs": lambda: choices.all_pairs(values, config.margin, config.per_prompt, veto),
+            "ranked": lambda: choices.ranked(values, config.margin, config.top),
+            "unpaired": lambda: choices.unpaired(values, config.margin, config.threshold or 0.0),
+            "segments": lambda: choices.segments(_per_segment(values), config.margin, self._decided),
         }
         return rules[config.rule]()
 
@@ -236,8 +235,8 @@ class Builder:
         return training_record(record, own, group, whole=config.rule == "ranked")
 
 
-def _per_segment(record: Record, values: Sequence[Reward]) -> list[list[float]]:
-    """The rewards per segment; empty where the rule is another one."""
+def _per_segment(values: Sequence[Reward]) -> list[list[float]]:
+    """The rewards per segment; a single number is a clip of one."""
     return [value if isinstance(value, list) else [value] for value in values]
 
 

@@ -96,10 +96,7 @@ def _judge_of(folder: Path) -> dict[str, Any]:
 
 def _labels(config: cfg.EvalConfig) -> list[str]:
     """The judge's label and those of the panel."""
-    found = [scorer.label or scorer.name for scorer in (config.judge, *config.panel)]
-    if len(set(found)) < len(found):
-        raise UserError("panel: two scorers write one label; give one of them another `label:`")
-    return found
+    return list(score.by_label([config.judge, *config.panel]))
 
 
 def _judge(config: cfg.EvalConfig, model: cfg.ModelConfig, out: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,16 @@ def load_model(model: cfg.ModelConfig) -> Any:
 
 def model_identity(model: cfg.ModelConfig) -> dict[str, Any]:
     """What decides the samples of a model: its config, and the content of weights and adapter, which may change."""
-    weights = Path(model.adapter or "", family_class(model.family).lora_file)
-    digest = _content_digest(weights) if model.adapter and weights.is_file() else None
     settings = model.model_dump(mode="json", exclude={"compile", "checkpointing"})
-    return {**settings, "revision": revision(model.path), "adapter_sha256": digest}
+    return {**settings, "revision": revision(model.path), "adapter_sha256": _adapter_digest(model)}
 
 
 def origin(model: cfg.ModelConfig) -> dict[str, Any]:
     """What the origin of a sample says about its model."""
     found: dict[str, Any] = {"model": model.path, "revision": revision(model.path)}
     if model.adapter is not None:
-        identity = model_identity(model)["adapter_sha256"]
-        found |= {"model": f"{model.path}+{model.adapter}", "adapter": identity and identity[:16]}
+        digest = _adapter_digest(model)
+        found |= {"model": f"{model.path}+{model.adapter}", "adapter": digest and digest[:16]}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -66,10 +65,17 @@ def revision(path: str) -> str | None:
         return folder.name
     digest = hashlib.sha256()
     for file in sorted({file for ending in WEIGHTS for file in folder.rglob(ending)}):
+        state = file.stat()
         digest.update(str(file.relative_to(folder)).encode())
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        digest.update(_file_digest(file, state.st_size, state.st_mtime_ns))
     return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=1024)
+def _file_digest(path: Path, size: int, changed: int) -> bytes:
+    """SHA-256 of a weight file, read once per state: claims, origins and cards all ask, and it may be 20 GB."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").digest()
 
 
 def _hub_commit(name: str) -> str | None:
@@ -83,6 +89,11 @@ def _hub_commit(name: str) -> str | None:
         if isinstance(found, str):
             return Path(found).parent.name
     return None
+
+
+def _adapter_digest(model: cfg.ModelConfig) -> str | None:
+    weights = Path(model.adapter or "", family_class(model.family).lora_file)
+    return _content_digest(weights) if model.adapter and weights.is_file() else None
 
 
 def _content_digest(path: Path) -> str:

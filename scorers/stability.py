@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from diffalign.errors import UserError
 from diffalign.scoring import Failure, Outcome, Sample, Score, Scorer
@@ -53,9 +53,6 @@ def build(
         perturbation: degrees of the tilts. At 1 degree, rocking topples shapes whose critical angle is 5.7.
         workers: processes; 0 is this one.
     """
-    for name, value, valid in (("reward", reward, get_args(Reward)), ("up", up, get_args(Up))):
-        if value not in valid:
-            raise UserError(f"{name} {value!r}: choose {', '.join(valid)}")
     if not 0 < threshold <= 180:
         raise UserError(f"threshold {threshold}: must be above 0 and up to 180 degrees")
     if not (0 < timestep <= 0.01 and timestep <= duration <= 3600):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffalign.errors import UserError
 from diffalign.scoring import Failure, Outcome, Sample, Score, Scorer
@@ -72,8 +72,6 @@ def build(
         workers: questions that are asked at the same time.
         options: keys of the request to add or, with null, to leave out.
     """
-    if mode not in get_args(Mode):
-        raise UserError(f"mode {mode!r}: choose {', '.join(get_args(Mode))}")
     if not scale[0] < scale[1] or segment_seconds <= 0 or fps <= 0:
         raise UserError("scale: low, high; segment_seconds and fps: above 0")
     try:

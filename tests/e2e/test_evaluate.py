@@ -143,7 +143,7 @@ def test_over_training(judged, tmp_path, capsys):
     [
         ({"snapshots": "nowhere", "trained": "correct"}, "holds none; train with run.snapshots=true"),
         ({"snapshots": "nowhere"}, "which label was trained on"),
-        ({"panel": [JUDGE]}, "two scorers write one label"),
+        ({"panel": [JUDGE]}, "two scorers write the label 'correct'"),
     ],
 )
 def test_refusals(tmp_path, cli, changes, words):

@@ -188,6 +188,12 @@ class TestRulesOfTheVerb:
         assert [c.labels["reward"] for c in pair.candidates] == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
         assert "1 pairs dropped as ties" in built.printed
 
+    def test_a_share_of_zero_is_not_the_default(self, built):
+        rows = [record("r", a=[[1.0] + [0.0] * 9, [0.0] * 10])]
+        assert len(built(rows, rule="segments", decided=0.0)) == 1
+        with pytest.raises(UserError, match="all ties"):
+            built(rows, rule="segments")
+
     def test_curriculum(self, built, tmp_path):
         rows = [record("r", a=[1.0, 2.0, 4.0]), record("s", a=[5.0, 1.0])]
         assert [r.id for r in built(rows, rule="curriculum", stages=2)] == ["r#2-0", "s#0-1"]
