@@ -19,6 +19,7 @@ from diffalign.config_data import (
     ServeConfig,
     SourceConfig,
 )
+from diffalign.config_online import AnchorConfig, CreditConfig, OnlineConfig, StopConfig
 from diffalign.config_parts import (
     DecodingConfig,
     LoraConfig,
@@ -31,7 +32,9 @@ from diffalign.configfile import Strict
 
 __all__ = [
     "VERBS",
+    "AnchorConfig",
     "BuildConfig",
+    "CreditConfig",
     "DataConfig",
     "DecodingConfig",
     "EvalConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "LoraConfig",
     "MethodConfig",
     "ModelConfig",
+    "OnlineConfig",
     "OptimConfig",
     "PromptsConfig",
     "QuickstartConfig",
@@ -53,6 +57,7 @@ __all__ = [
     "ScorerConfig",
     "ServeConfig",
     "SourceConfig",
+    "StopConfig",
     "TrainConfig",
 ]
 
@@ -121,7 +126,10 @@ class RunConfig(Strict):
     keep: int = Field(default=2, gt=0, description="checkpoints to keep")
     snapshots: bool = Field(default=False, description="at every checkpoint also keep the LoRA as it would be final")
     ema: float | None = Field(
-        default=None, gt=0, lt=1, description="decay of a moving average; it is what gets exported"
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay of a moving average; it is what gets exported (online it warms up)",
     )
     rollback: int = Field(
         default=0,
@@ -132,10 +140,11 @@ class RunConfig(Strict):
 
 
 class TrainConfig(Strict):
-    """`diffalign train`: records -> aligned weights."""
+    """`diffalign train`: records, or the policy's own samples -> aligned weights."""
 
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig | None = Field(default=None, description="records to train on; with `online` those of experts")
+    online: OnlineConfig | None = Field(default=None, description="train on samples of the policy itself")
     method: MethodConfig
     optim: OptimConfig = OptimConfig()
     run: RunConfig
@@ -245,7 +254,7 @@ VERBS: dict[str, tuple[type[Strict] | None, str, str]] = {
     "score": (ScoreConfig, "diffalign.score:run", "candidates -> candidates with labels"),
     "build": (BuildConfig, "diffalign.build:run", "scored candidates -> pairs or rankings"),
     "label": (LabelConfig, "diffalign.label:run", "candidates -> human labels, on a local page"),
-    "train": (TrainConfig, "diffalign.train.offline:run", "records -> aligned weights"),
+    "train": (TrainConfig, "diffalign.train.start:run", "records or own samples -> aligned weights"),
     "export": (
         ExportConfig,
         "diffalign.export:run",

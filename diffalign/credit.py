@@ -7,7 +7,7 @@ of samples means nothing. Standard deviations use ``n - ddof``; a group of one h
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -85,6 +85,10 @@ class Buffered:
     ddof: int = 0
     eps: float = 1e-6
     history: dict[Hashable, deque[float]] = field(default_factory=dict)
+
+    def restore(self, history: Mapping[Hashable, Sequence[float]]) -> None:
+        """Continue from the rewards that were kept."""
+        self.history = {name: deque(kept, maxlen=self.buffer_size) for name, kept in history.items()}
 
     def update(self, groups: Sequence[Hashable], rewards: Tensor) -> Tensor:
         """(N,) advantages; a prompt's history already holds the rewards of this call."""

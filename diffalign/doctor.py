@@ -155,7 +155,8 @@ def _training(config_path: str) -> Iterator[Check]:
         return
     yield Check("config", f"{config_path}: {method.name}, {config.run.steps} steps into {config.run.dir}")
     yield _model(config.model)
-    yield _data(config.data.records, method)
+    if config.data is not None:
+        yield _data(config.data.records, method)
     for name, text in predict.lines(config, method):
         yield Check(name, text)
 

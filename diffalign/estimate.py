@@ -126,9 +126,8 @@ def transition(
     predictions = _predictions(family, weights, batch, draw, run, autocast)
     if "behaviour" in roles:
         predictions["behaviour"] = draw.target
-    levels, step = _step_of(family.schedule, kind, noise_level)
-    ends = levels(draw.t), levels(draw.t_prev)
-    steps = {role: step(prediction, draw.x_t, *ends) for role, prediction in predictions.items()}
+    step = step_of(family.schedule, kind, noise_level)
+    steps = {role: step(prediction, draw.x_t, draw.t, draw.t_prev) for role, prediction in predictions.items()}
     by_role = {role: taken.log_prob(draw.x_prev) for role, taken in steps.items()}
     policy = steps["policy"]
     gap = {role: policy.gap(taken) for role, taken in steps.items() if role != "policy"}
@@ -136,20 +135,28 @@ def transition(
     return LogProbs(by_role, torch.ones_like(by_role["policy"]), gap, present=batch.present, extra=extra)
 
 
-def _step_of(
+def step_of(
     schedule: Schedule, kind: str, noise_level: float | None
-) -> tuple[Callable[[Tensor], Tensor], Callable[..., Step]]:
-    """From times to the levels of a step, and the step itself."""
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Step]:
+    """``(prediction, x_t, t, t_next) -> Step``, the same one in a rollout and in training on it.
+
+    Raises:
+        UserError: the kind is for another sort of schedule.
+    """
     options: dict[str, Any] = {} if noise_level is None else {"noise_level": noise_level}
     if isinstance(schedule, Discrete) != (kind == "ddim"):
         raise UserError(
             f"transition {kind!r} does not fit the schedule: ddim is for discrete ones, the others for flows"
         )
-    if isinstance(schedule, Discrete):
-        table = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64)
-        options["parametrisation"] = schedule.prediction
-        return lambda t: table.to(t.device)[schedule.native(t)], partial(ddim, **options)
-    return lambda t: t, partial(FLOW_STEPS[kind], **options)
+    if not isinstance(schedule, Discrete):
+        return partial(FLOW_STEPS[kind], **options)
+    table = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64)
+
+    def step(prediction: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> Step:
+        before, after = (table.to(time.device)[schedule.native(time)] for time in (t, t_next))
+        return ddim(prediction, x_t, before, after, parametrisation=schedule.prediction, **options)
+
+    return step
 
 
 def _predictions(

@@ -184,12 +184,12 @@ def needs(*terms: Term) -> Needs:
 
 def modality(method: Method) -> str:
     """``"text"`` or ``"diffusion"``: what the main term's estimate runs on."""
-    return "text" if _unwrapped(method.main.estimate) is estimate.tokens else "diffusion"
+    return "text" if unwrapped(method.main.estimate) is estimate.tokens else "diffusion"
 
 
 def reads_paths(method: Method) -> bool:
     """Whether it learns from sampling trajectories, which records do not hold."""
-    return any(_unwrapped(term.draw) in (draws.transition, draws.replay) for term in method.terms)
+    return any(unwrapped(term.draw) in (draws.transition, draws.replay) for term in method.terms)
 
 
 def resolve(
@@ -282,7 +282,7 @@ def _check(term: Term, method: Method) -> None:
 
 def _check_reads(objective: Objective, part: Callable[..., Any] | None, method: Method) -> None:
     """Refuse an objective that reads what the estimate does not give, or gives only on demand."""
-    given = estimate.GIVES.get(_unwrapped(part))
+    given = estimate.GIVES.get(unwrapped(part))
     if given is None:  # somebody else's estimate
         return
     asked = part.keywords if isinstance(part, partial) else {}
@@ -298,7 +298,8 @@ def _check_reads(objective: Objective, part: Callable[..., Any] | None, method: 
             raise UserError(f"objective {objective.name!r} reads {entry!r}: set method.estimate.{switch}=true")
 
 
-def _unwrapped(part: Callable[..., Any] | None) -> Any:
+def unwrapped(part: Callable[..., Any] | None) -> Any:
+    """A function without the partials around it."""
     while isinstance(part, partial):
         part = part.func
     return part

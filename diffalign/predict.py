@@ -29,7 +29,7 @@ from diffalign.errors import UserError
 from diffalign.families import base
 from diffalign.foreign import foreign_files, quiet
 from diffalign.likelihood import token_log_probs
-from diffalign.methods import needs, reads_paths
+from diffalign.methods import needs
 from diffalign.networks import checkpoint
 from diffalign.records import Record, plain
 from diffalign.train.optim import make_optimizer
@@ -79,6 +79,8 @@ class Prediction(NamedTuple):
 def lines(config: TrainConfig, method: Method) -> Iterator[tuple[str, str]]:
     """Name and text of every line to print; a single line says why, when nothing can be predicted."""
     try:
+        if config.data is None or config.online is not None:
+            raise UserError(f"{method.name} samples while it trains")
         rows = list(islice(store.read(Path(config.data.records)), SAMPLE))
         found = predict(config, method, rows)
     except Exception as error:  # a prediction is never what stops a run
@@ -107,10 +109,9 @@ def predict(config: TrainConfig, method: Method, rows: Sequence[Record]) -> Pred
     """Count a run of the offline loop on such records.
 
     Raises:
-        UserError: no configs to build the networks from, no records, or a method that samples.
+        UserError: no configs to build the networks from, or no records.
     """
-    if reads_paths(method):
-        raise UserError(f"{method.name} samples while it trains")
+    assert config.data is not None
     if not rows:
         raise UserError(f"{config.data.records}: no records")
     family = sketch(config.model)
@@ -251,6 +252,7 @@ def _empty(folder: Path, library: str, name: str) -> nn.Module | None:
 
 def _forward(family: Any, config: TrainConfig, rows: Sequence[Record]) -> Callable[[], Tensor]:
     """The forward of one sample as a run makes it."""
+    assert config.data is not None
     if family.modality == "text":
         encoded = (family.encode(plain(r.prompt), plain(c.text)) for r in rows for c in r.candidates if c.text)
         longest = max(len(ids) for ids, _ in encoded)

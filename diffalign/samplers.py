@@ -18,6 +18,8 @@ from diffalign.types import Condition, DiffusionFamily, Path, Schedule, joined
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x_t (N, ...), t scalar) -> prediction (N, ...)."""
+Transition = Callable[[Tensor, Tensor, Tensor, Tensor], Step]
+"""(prediction, x_t, t, t_next) -> the Gaussian of the next state; times (N,)."""
 ROUNDING = 1e-6
 """Of float32 times: the end of an interval may be a time of the grid."""
 
@@ -230,26 +232,40 @@ def rollout(
     predict: Predict,
     x: Tensor,
     grid: Tensor,
-    transition: Callable[[Tensor, Tensor, Tensor, Tensor], Step],
+    transition: Transition,
     noise: Iterator[Tensor],
-) -> Path:
+    window: tuple[int, int] | None = None,
+    still: Transition | None = None,
+) -> tuple[Tensor, Path]:
     """A stochastic trajectory with everything that training on its transitions needs.
 
     Args:
         x: (N, ...) noise at ``grid[0]``.
         grid: (T + 1,) decreasing times.
         transition: ``(prediction, x_t, t, t_next) -> Step``, for a flow one of ``transitions.FLOW_STEPS``.
-        noise: one standard normal (N, ...) per step.
+        noise: one standard normal (N, ...) per step that takes some.
+        window: first and last + 1 of the steps to take so and to keep; the others follow ``still`` without noise
+            (Flow-GRPO-Fast). None for all.
+        still: the step of noise level 0.
 
     Returns:
-        A path that leads with N in place of (B, K); ``path.x[:, -1]`` is the sample.
+        The sample, and a path that leads with N in place of (B, K).
     """
+    first, end = window or (0, len(grid) - 1)
     states, predictions = [x], []
-    for t, following in pairwise(grid):
-        predictions.append(predict(x, t))
-        x = transition(predictions[-1], x, t.expand(len(x)), following.expand(len(x))).sample(next(noise))
-        states.append(x)
-    return Path(grid.expand(len(x), -1), torch.stack(states, 1), torch.stack(predictions, 1))
+    for index, (t, following) in enumerate(pairwise(grid)):
+        prediction, ends = predict(x, t), (t.expand(len(x)), following.expand(len(x)))
+        if first <= index < end:
+            x = transition(prediction, x, *ends).sample(next(noise))
+            predictions.append(prediction)
+            states.append(x)
+            continue
+        assert still is not None
+        x = still(prediction, x, *ends).mean
+        if index < first:
+            states = [x]
+    t = grid[first : end + 1].expand(len(x), -1)
+    return x, Path(t, torch.stack(states, 1), torch.stack(predictions, 1))
 
 
 SAMPLERS: dict[str, Callable[[Predict, Tensor, Tensor], Tensor]] = {

@@ -5,9 +5,12 @@ role        with a LoRA                                 full weights
 ========== ========================================== ==========================================
 policy      adapter on                                  the network
 reference   adapter off, or a second adapter            a frozen copy, made on first use
-average     EMA of the adapter, swapped in              EMA of the network, swapped in
+a copy      another adapter, swapped in                 another set of weights, swapped in
 any other   a frozen network given by the caller        the same (a guide, the previous iterate ...)
 ========== ========================================== ==========================================
+
+Copies follow the policy at a decay of their own: ``average`` (an EMA), ``behaviour`` (what samples), ``evaluation``
+(what is exported), or a ``reference`` that moves.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from diffalign import sharding
 from diffalign.errors import UserError
 from diffalign.types import Role
 
-ROLES = ("policy", "reference", "average")
+ROLES = ("policy", "reference", "average", "behaviour", "evaluation")
+"""Roles that are made from the trained network."""
 
 
 def add_lora(net: nn.Module, rank: int, alpha: int | None, targets: Sequence[str]) -> None:
@@ -114,7 +118,7 @@ class Weights:
     Args:
         net: the network, with a LoRA from :func:`add_lora` or with full weights to train.
         lora: whether the trainable parameters are an adapter.
-        ema: decay of the exponential moving average of the trainable parameters, None for none.
+        copies: roles held as copies of the trainable parameters, which :meth:`refresh` lets follow the policy.
         others: frozen networks by role, for roles that are neither the policy nor made from it.
     """
 
@@ -123,21 +127,23 @@ class Weights:
         net: nn.Module,
         *,
         lora: bool,
-        ema: float | None = None,
+        copies: Sequence[Role] = (),
         others: Mapping[Role, nn.Module] | None = None,
     ) -> None:
         self.net = net
         self.lora = lora
-        self.ema = ema
         self.others = dict(others or {})
         self._reference: nn.Module | None = None
         if not lora:
             net.requires_grad_(True)
-        self.average = [p.detach().clone() for p in self.trainable()] if ema is not None else None
+        self.copies = {role: self._copy() for role in copies}
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters the optimiser sees."""
         return [p for p in self.net.parameters() if p.requires_grad]
+
+    def _copy(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.trainable()]
 
     def prepare(self, roles: Sequence[Role]) -> None:
         """Make what the roles need before training starts: a frozen copy for a full-weight reference.
@@ -146,11 +152,11 @@ class Weights:
             UserError: a role that cannot be played.
         """
         for role in roles:
-            if role not in ROLES and role not in self.others:
-                raise UserError(f"no weights play the role {role!r}: give a folder as model.others.{role}")
-            if role == "average" and self.average is None:
+            if role == "average" and role not in self.copies:
                 raise UserError("role 'average' is the moving average of the policy: set run.ema")
-        if "reference" in roles and not self.lora:
+            if role not in ("policy", "reference", *self.copies, *self.others):
+                raise UserError(f"no weights play the role {role!r}: give a folder as model.others.{role}")
+        if "reference" in roles and "reference" not in self.copies and not self.lora:
             # still requires_grad: torch picks the matmul kernel by it, and a frozen copy would round differently
             self._reference = copy.deepcopy(self.net)
 
@@ -159,8 +165,7 @@ class Weights:
         for net in (self.net, self._reference):
             if net is not None:
                 sharding.shard(net, blocks)
-        if self.average is not None:
-            self.average = [p.detach().clone() for p in self.trainable()]
+        self.copies = {role: self._copy() for role in self.copies}
 
     @contextmanager
     def use(self, role: Role) -> Iterator[nn.Module]:
@@ -169,6 +174,9 @@ class Weights:
             yield self.net
         elif role in self.others:
             yield self.others[role]
+        elif role in self.copies:
+            with self._swapped(self.copies[role]):
+                yield self.net
         elif role == "reference" and "reference" in getattr(self.net, "peft_config", ()):
             _activate(self.net, "reference")
             try:
@@ -183,15 +191,12 @@ class Weights:
                 self.net.enable_adapters()  # type: ignore[operator]
         elif role == "reference" and self._reference is not None:
             yield self._reference
-        elif role == "average" and self.average is not None:
-            with self._swapped(self.average):
-                yield self.net
         else:
             raise RuntimeError(f"role {role!r} was not prepared")
 
     @contextmanager
     def _swapped(self, values: list[Tensor]) -> Iterator[None]:
-        held = [p.detach().clone() for p in self.trainable()]
+        held = self._copy()
         self._write(values)
         try:
             yield
@@ -204,18 +209,18 @@ class Weights:
             parameter.copy_(value)
 
     @torch.no_grad()
-    def update_average(self) -> None:
-        """One EMA step, to be called once per optimiser step: ``average <- d average + (1 - d) policy``."""
-        if self.average is not None and self.ema is not None:
-            for average, parameter in zip(self.average, self.trainable(), strict=True):
-                average.lerp_(parameter.detach(), 1 - self.ema)
+    def refresh(self, role: Role, decay: float) -> None:
+        """``copy <- decay * copy + (1 - decay) * policy``; a decay of 0 copies."""
+        for held, parameter in zip(self.copies[role], self.trainable(), strict=True):
+            held.lerp_(parameter.detach(), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Trainable parameters by name, and their averages under ``average.<name>``."""
+        """Trainable parameters by name, and those of copies under ``<role>.<name>``."""
         names = [n for n, p in self.net.named_parameters() if p.requires_grad]
         state = {n: p.detach() for n, p in zip(names, self.trainable(), strict=True)}
-        averages = zip(names, self.average, strict=True) if self.average is not None else ()
-        return {**state, **{f"average.{n}": value for n, value in averages}}
+        for role, held in self.copies.items():
+            state |= {f"{role}.{name}": value for name, value in zip(names, held, strict=True)}
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -226,6 +231,8 @@ class Weights:
         """
         mine = self.state_dict()
         if mine.keys() != state.keys() or any(mine[n].shape != state[n].shape for n in mine):
-            raise UserError("the checkpoint was written by a run with other trainable parameters (model, LoRA or EMA)")
+            raise UserError(
+                "the checkpoint was written by a run with other trained parameters (model, LoRA, EMA, anchors)"
+            )
         for name, value in mine.items():
             value.copy_(sharding.like(state[name], value))

@@ -222,8 +222,19 @@ class Run:
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
-    def save(self, step: int, weights: Weights, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-        """Write ``checkpoint-<step>`` whole or not at all, and drop the oldest beyond ``keep``."""
+    def save(
+        self,
+        step: int,
+        weights: Weights,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        extra: Mapping[str, Any],
+    ) -> None:
+        """Write ``checkpoint-<step>`` whole or not at all, and drop the oldest beyond ``keep``.
+
+        Args:
+            extra: plain values that :meth:`extra` gives back.
+        """
         self.check_ranks(step, weights)
         tensors = {name: whole(value).contiguous() for name, value in weights.state_dict().items()}
         learnt = whole_optimizer(optimizer)
@@ -240,6 +251,7 @@ class Run:
                 "optimizer": learnt,
                 "scheduler": scheduler.state_dict(),
                 "rng": torch.get_rng_state(),
+                "extra": dict(extra),
             }
             torch.save(state, aside / "state.pt")
         for old in list(checkpoints(self.folder).values())[: -self.keep]:
@@ -269,6 +281,11 @@ class Run:
         except Exception as error:
             raise UserError(f"{checkpoint}: its state does not fit this run: {error}; resume from another") from None
         return state["step"]
+
+    def extra(self, step: int) -> dict[str, Any]:
+        """What was saved beside the weights at a step; nothing if there is no checkpoint of it."""
+        found = checkpoints(self.folder).get(step)
+        return dict(_load_state(found / "state.pt").get("extra", {})) if found else {}
 
     def soften(self, rollbacks: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         """Set how often the run has gone back, and the learning rate accordingly."""

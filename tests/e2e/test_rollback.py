@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from diffalign.train import offline
+from diffalign.train import core
 
 SETTINGS = {"run": {"steps": 8, "save_every": 2, "keep": 9}}
 
@@ -15,7 +15,7 @@ SETTINGS = {"run": {"steps": 8, "save_every": 2, "keep": 9}}
 def failing(monkeypatch):
     """Spoils the loss of the 6th step, the first so many times that it is reached."""
     left = [0]
-    real = offline.loss_step
+    real = core.loss_step
     calls = [0]
 
     def spoiled(*args, **kwargs):
@@ -28,7 +28,7 @@ def failing(monkeypatch):
             return result._replace(terms=terms)
         return result
 
-    monkeypatch.setattr(offline, "loss_step", spoiled)
+    monkeypatch.setattr(core, "loss_step", spoiled)
     return left
 
 

@@ -119,13 +119,13 @@ def stub_job(net: nn.Module, weights: Weights, micro: int, accumulate: int) -> A
         mean_over_ranks=torch.mean, folder=Path(),
     )  # fmt: skip
     net.device = torch.device("cpu")
-    settings = SimpleNamespace(accumulate=accumulate, batch=micro, seed=0)
+    settings = SimpleNamespace(accumulate=accumulate, batch=micro, seed=0, ema=0.9)
     update = linear.make_update(net, lambda t: t)
     config = SimpleNamespace(run=settings, data=SimpleNamespace(bank=None))
-    return SimpleNamespace(
-        config=config, method=linear.METHOD, labels=("reward",), family=net, weights=weights, data=Data(), run=run,
-        update=update, bank=None,
-    )  # fmt: skip
+    core = SimpleNamespace(
+        config=config, method=linear.METHOD, family=net, weights=weights, run=run, update=update, tally=None
+    )
+    return SimpleNamespace(core=core, labels=("reward",), data=Data(), bank=None)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3, 12])
@@ -133,7 +133,7 @@ def test_the_average_moves_once_per_update_whatever_the_accumulation(accumulate,
     """Flow-GRPO's trainer steps its average once per micro-batch, so that accumulation changes what is evaluated."""
     net = linear.network()
     start = [p.detach().clone() for p in net.parameters()]
-    weights = Weights(net, lora=False, ema=0.9)
+    weights = Weights(net, lora=False, copies=["average"])
     monkeypatch.setattr(weights, "use", lambda role: net, raising=False)
     job = stub_job(net, weights, 12 // accumulate, accumulate)
     monkeypatch.setattr(offline, "check_start", lambda *_: None)  # this network's reference is another one
@@ -141,10 +141,9 @@ def test_the_average_moves_once_per_update_whatever_the_accumulation(accumulate,
     for step, micros in zip(range(3), offline._schedule(job, 0), strict=False):
         offline._step(job, step, micros)
         expected = [0.9 * a + 0.1 * p.detach() for a, p in zip(expected, net.parameters(), strict=True)]
-    assert weights.average is not None
-    torch.testing.assert_close(weights.average, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(weights.copies["average"], expected, rtol=1e-12, atol=0)
     assert not any(map(torch.equal, start, expected))
-    assert job.update.optimizer.state_dict()["param_groups"][0]["lr"] == pytest.approx(0.2 / 4)  # three updates
+    assert job.core.update.optimizer.state_dict()["param_groups"][0]["lr"] == pytest.approx(0.2 / 4)  # three updates
 
 
 # --- the mean inside the logarithm -----------------------------------------------------------------------------------

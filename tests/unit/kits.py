@@ -115,7 +115,7 @@ def path_of(name: str, family: Images, net: nn.Module, cond: dict[str, Tensor], 
     flat = estimate.flatten_condition(cond, k)
     b = len(cond["states"])
     noise = iter(normal(STEPS, b * k, 2, 4, 4, seed=8))
-    path = rollout(
+    _, path = rollout(
         lambda x, t: family.predict(net, x, t.expand(len(x)), flat),
         normal(b * k, 2, 4, 4, seed=7),
         schedule.grid(STEPS),
@@ -147,7 +147,7 @@ def diffusion_kit(name: str, schedule: Rectified | Discrete) -> Kit:
         x0 = normal(b, k, 2, 4, 4, seed=3)
     roles = needs(*method.terms).roles
     others = {"behaviour": tiny.with_lora().double().requires_grad_(False)} if name == "diffusion-nft" else {}
-    weights = Weights(net, lora=True, ema=0.9 if "average" in roles else None, others=others)
+    weights = Weights(net, lora=True, copies=[r for r in roles if r == "average"], others=others)
     weights.prepare([role for role in roles if role not in ("behaviour",) or role in others])
     return Kit(method, family, weights, Batch(x0, cond, labels_of(name, b, k), path=path))
 

@@ -251,7 +251,9 @@ def test_help_shows_type_default_and_description(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     lines = [" ".join(line.split()) for line in cli("train", "--help").out.splitlines()]
     assert "run.steps int required" in lines
-    assert "run.ema float or null null decay of a moving average; it is what gets exported" in lines
+    assert (
+        "run.ema float or null null decay of a moving average; it is what gets exported (online it warms up)" in lines
+    )
     assert "run.precision fp32 or bf16 fp32" in lines
     assert "model.lora.rank int 16 rank of the update" in lines
 

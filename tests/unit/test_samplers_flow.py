@@ -31,7 +31,9 @@ def spread_of(step: str, noise_level: float, grid: Tensor) -> float:
     """
     steps = len(grid) - 1
     basis = torch.eye(steps + 1, dtype=torch.float64)
-    path = rollout(velocity, basis[:1], grid, partial(FLOW_STEPS[step], noise_level=noise_level), iter(basis[1:, None]))
+    _, path = rollout(
+        velocity, basis[:1], grid, partial(FLOW_STEPS[step], noise_level=noise_level), iter(basis[1:, None])
+    )
     return path.x[0, -1].square().sum().sqrt().item()
 
 
@@ -156,7 +158,7 @@ def test_states_and_paths_hold_every_step():
     assert len(states) == 7
     assert states[0] is x
     assert torch.equal(states[-1], last)
-    path = rollout(velocity, x, grid, FLOW_STEPS["flow_sde"], iter(torch.zeros(6, 2, 3, dtype=torch.float64)))
+    _, path = rollout(velocity, x, grid, FLOW_STEPS["flow_sde"], iter(torch.zeros(6, 2, 3, dtype=torch.float64)))
     assert path.x.shape == (2, 7, 3)
     assert path.t.shape == (2, 7)
     for step in range(6):

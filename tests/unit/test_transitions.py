@@ -124,7 +124,7 @@ def collected(family: Watched, k: int = 2, steps: int = 5, dtype=torch.float32) 
             return family.predict(net, x, t.expand(len(x)), rows)
 
     start = normal(3 * k, 2, 4, seed=9, dtype=dtype)
-    path = rollout(predict, start, Rectified(shift=3.0).grid(steps).to(dtype), flow_sde, noises)
+    _, path = rollout(predict, start, Rectified(shift=3.0).grid(steps).to(dtype), flow_sde, noises)
     whole = Path(*(value.unflatten(0, (3, k)) for value in (path.t, path.x, path.prediction)))
     reward = torch.arange(3 * k, dtype=dtype).reshape(3, k)
     labels = {"reward": reward, "advantage": reward - 1.5}

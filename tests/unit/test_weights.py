@@ -13,9 +13,9 @@ from . import tiny
 KINDS = ["lora", "full"]
 
 
-def make(kind: str, ema: float | None = None) -> Weights:
+def make(kind: str, *copies: str) -> Weights:
     net = tiny.with_lora() if kind == "lora" else tiny.transformer()
-    weights = Weights(net, lora=kind == "lora", ema=ema)
+    weights = Weights(net, lora=kind == "lora", copies=copies)
     weights.prepare(("reference",))
     return weights
 
@@ -73,7 +73,7 @@ def test_a_full_reference_is_a_copy_that_no_optimiser_sees():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("role", ["reference", "average"])
 def test_a_failure_inside_a_role_leaves_the_policy_as_it_was(kind, role):
-    weights = make(kind, ema=0.5)
+    weights = make(kind, "average")
     train(weights)
     before, trainable, result = values(weights), len(weights.trainable()), output(weights, "policy")
 
@@ -109,57 +109,58 @@ def test_a_forward_of_the_reference_does_not_disturb_a_pending_backward():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_average_is_the_recursion(kind):
-    weights = make(kind, ema=0.9)
+    weights = make(kind, "average")
     expected = values(weights)
     for _ in range(3):
         train(weights, 1)
-        weights.update_average()
+        weights.refresh("average", 0.9)
         expected = [0.9 * a + 0.1 * p for a, p in zip(expected, values(weights), strict=True)]
-    for found, wanted in zip(weights.average, expected, strict=True):
+    for found, wanted in zip(weights.copies["average"], expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
-    assert not same(weights.average, values(weights))
+    assert not same(weights.copies["average"], values(weights))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_average_is_swapped_in_and_out(kind):
-    weights = make(kind, ema=0.9)
+    weights = make(kind, "average")
     initial = output(weights, "policy")
     train(weights)
     trained, before = output(weights, "policy"), values(weights)
     assert torch.equal(output(weights, "average"), initial)  # no update yet
     with weights.use("average"):
-        assert same(values(weights), weights.average)
+        assert same(values(weights), weights.copies["average"])
     assert same(values(weights), before)
     assert torch.equal(output(weights, "policy"), trained)
 
 
 def test_an_average_at_decay_zero_is_the_policy_and_holds_no_alias():
-    weights = make("lora", ema=0.0)
+    weights = make("lora", "average")
     train(weights)
-    weights.update_average()
-    assert same(weights.average, values(weights))
+    weights.refresh("average", 0.0)
+    assert same(weights.copies["average"], values(weights))
     train(weights, 1)
-    assert not same(weights.average, values(weights))
+    assert not same(weights.copies["average"], values(weights))
 
 
 # --- state --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ema", [None, 0.9])
-def test_a_state_loads_back(kind, ema):
-    weights = make(kind, ema)
+@pytest.mark.parametrize("copies", [(), ("average",), ("behaviour", "reference")])
+def test_a_state_loads_back(kind, copies):
+    weights = make(kind, *copies)
     train(weights)
-    weights.update_average()
+    for role in copies:
+        weights.refresh(role, 0.9)
     state = copy.deepcopy(weights.state_dict())
-    fresh = make(kind, ema)
+    fresh = make(kind, *copies)
     fresh.load_state_dict(state)
     assert torch.equal(output(fresh, "policy"), output(weights, "policy"))
     assert torch.equal(output(fresh, "reference"), output(weights, "reference"))
     assert state.keys() == fresh.state_dict().keys()
-    if ema is not None:
-        assert same(fresh.average, weights.average)
-        assert not same(fresh.average, values(fresh))
+    for role in copies:
+        assert same(fresh.copies[role], weights.copies[role])
+        assert not same(fresh.copies[role], values(fresh))
 
 
 @pytest.mark.parametrize(
@@ -167,15 +168,15 @@ def test_a_state_loads_back(kind, ema):
     [
         (lambda: make("lora"), lambda: make("full")),
         (lambda: make("full"), lambda: make("lora")),
-        (lambda: make("lora", 0.9), lambda: make("lora")),
-        (lambda: make("lora"), lambda: make("lora", 0.9)),
+        (lambda: make("lora", "average"), lambda: make("lora")),
+        (lambda: make("lora"), lambda: make("lora", "average")),
     ],
     ids=["full in lora", "lora in full", "no average", "an average too many"],
 )
 def test_a_foreign_state_is_refused_and_changes_nothing(mine, theirs):
     weights = mine()
     before = values(weights)
-    with pytest.raises(UserError, match="other trainable parameters"):
+    with pytest.raises(UserError, match="other trained parameters"):
         weights.load_state_dict(theirs().state_dict())
     assert same(values(weights), before)
 
@@ -183,7 +184,7 @@ def test_a_foreign_state_is_refused_and_changes_nothing(mine, theirs):
 def test_a_lora_of_another_rank_is_refused():
     weights = make("lora")
     state = {name: torch.zeros(3, 3) for name in weights.state_dict()}
-    with pytest.raises(UserError, match="other trainable parameters"):
+    with pytest.raises(UserError, match="other trained parameters"):
         weights.load_state_dict(state)
 
 

@@ -1,0 +1,194 @@
+"""Everything an online run is made of, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffalign import config as cfg
+from diffalign import score
+from diffalign.credit import Buffered
+from diffalign.errors import UserError
+from diffalign.estimate import transition
+from diffalign.methods import needs, reads_paths, resolve, unwrapped
+from diffalign.prompts import read_prompts
+from diffalign.records import Record
+from diffalign.train import core as shared
+from diffalign.train.experts import Experts, is_replayed
+from diffalign.train.feedback import Feedback, Scorers
+from diffalign.train.rollout import Roller
+from diffalign.train.run import find_checkpoint
+from diffalign.train.watch import Watch
+from diffalign.types import Method, Role
+
+ANCHORS = {
+    "behaviour": cfg.AnchorConfig(rate=0.001, cap=0.5),  # DiffusionNFT's old policy
+    "average": cfg.AnchorConfig(rate=0.001, cap=0.3),  # AWM's
+}
+"""What follows the policy, and how, where a method reads the role and the config says nothing."""
+
+
+@dataclass
+class Job:
+    """Everything one online run is made of."""
+
+    core: shared.Core
+    settings: cfg.OnlineConfig
+    anchors: dict[Role, cfg.AnchorConfig]
+    prompts: list[Record]
+    root: Path
+    """Folder of the prompts' files."""
+    roller: Roller
+    feedback: Feedback | None
+    """None where every own sample is a loser."""
+    experts: Experts | None
+    watch: Watch | None
+    buffered: Buffered | None
+    checked: bool = field(default=False)
+    """Whether the ratio was seen to be 1."""
+
+    @property
+    def rounds(self) -> int:
+        """How many there are."""
+        return self.core.config.run.steps // self.settings.updates
+
+
+def prepare(config: cfg.TrainConfig) -> Job:
+    """Check everything that needs no model first, then load it."""
+    settings = config.online
+    assert settings is not None
+    find_checkpoint(Path(config.run.dir), config.run.resume)
+    method = resolve(**config.method.model_dump())
+    _check(config, settings, method)
+    shared.check_family(method, config.model.family)
+    shared.check_model(config)
+    roles, anchors = _roles(method, settings)
+    copies = (*(role for role in anchors if role != "policy"), *(("evaluation",) if config.run.ema else ()))
+    core = shared.build(config, method, roles, copies, settings.sampling.size)
+    if len(core.family.networks) > 1 and core.run.world > 1:
+        raise UserError("online: models of several networks train on one process")
+    _check_ranks(settings, method, core.run.world)
+    experts = Experts.load(config, core) if config.data is not None else None
+    found = experts.prompts if experts else read_prompts(settings.prompts, config.run.seed)  # type: ignore[arg-type]
+    root = Path(config.data.records if config.data else settings.prompts.source).parent  # type: ignore[union-attr]
+    return Job(
+        core,
+        settings,
+        anchors,
+        found,
+        root,
+        _roller(core, settings),
+        _feedback(core, settings, root),
+        experts,
+        Watch(core, settings.stop, settings) if settings.stop else None,
+        Buffered(settings.credit.buffer, settings.credit.min_count) if settings.credit.buffer else None,
+    )
+
+
+def _check(config: cfg.TrainConfig, settings: cfg.OnlineConfig, method: Method) -> None:
+    """Refuse what does not go together."""
+    run, replayed = config.run, is_replayed(method)
+    if config.model.family == "causal_lm":
+        raise UserError("online: trains diffusion and flow models; language models train on records")
+    if replayed != (config.data is not None):
+        need = "needs `data`: records of experts" if replayed else "reads no experts: remove `data`"
+        raise UserError(f"{method.name} {need}")
+    if replayed == (settings.prompts is not None):
+        raise UserError("online.prompts: are those of `data` here" if replayed else "online: give `prompts`")
+    if not replayed and settings.source == "scorers" and not settings.scorers:
+        raise UserError("online.scorers: name at least one, or set online.source=human")
+    if replayed and settings.samples != 1:
+        raise UserError(f"online.samples: {method.name} makes one sample per expert")
+    if run.accumulate != 1:
+        raise UserError("run.accumulate: online, a round is cut by online.updates; run.batch is the micro-step")
+    if run.steps % settings.updates:
+        raise UserError(f"run.steps: {run.steps} updates are not whole rounds of online.updates={settings.updates}")
+    if settings.updates % settings.passes:
+        raise UserError(f"online.updates: {settings.updates} do not share {settings.passes} passes evenly")
+    if run.shard:
+        raise UserError("run.shard: the online loop trains on whole networks")
+    guidance = _keywords(method).get("guidance", 1.0)
+    if reads_paths(method) and not replayed and guidance != settings.sampling.guidance:
+        raise UserError(
+            f"online.sampling.guidance {settings.sampling.guidance:g} is what samples, method.estimate.guidance "
+            f"{guidance:g} what trains: ratios would not be 1; set both alike"
+        )
+
+
+def _check_ranks(settings: cfg.OnlineConfig, method: Method, world: int) -> None:
+    """Every update is a whole number of samples, the same on every process."""
+    each = settings.groups * items_per_group(method, settings) * settings.passes
+    if settings.groups % world or each % (settings.updates * world):
+        raise UserError(
+            f"online.groups: {settings.groups} prompts give {each} samples or pairs, which {settings.updates} updates "
+            f"on {world} processes do not share evenly"
+        )
+
+
+def items_per_group(method: Method, settings: cfg.OnlineConfig) -> int:
+    """How many things a group gives to train on: samples, pairs, or itself as a ranking."""
+    if is_replayed(method):
+        return 1
+    needed = needs(*method.terms)
+    if needed.k == 2:
+        return settings.samples * (settings.samples - 1) // 2 if settings.credit.pairs == "all" else 1
+    return 1 if needed.listwise else settings.samples
+
+
+def _keywords(method: Method) -> dict[str, Any]:
+    """What is set of the main term's estimate."""
+    found, part = {}, method.main.estimate
+    while hasattr(part, "keywords"):
+        found, part = {**part.keywords, **found}, part.func  # type: ignore[union-attr]
+    return found
+
+
+def _roles(method: Method, settings: cfg.OnlineConfig) -> tuple[list[Role], dict[Role, cfg.AnchorConfig]]:
+    """The roles that weights play, and those of them that follow the policy."""
+    kept = unwrapped(method.main.estimate) is transition  # then the sampler's own outputs are the behaviour's
+    roles = [role for role in needs(*method.terms).roles if not (kept and role == "behaviour")]
+    anchors: dict[Role, cfg.AnchorConfig] = {role: ANCHORS[role] for role in roles if role in ANCHORS}
+    for role, how in settings.anchors.items():
+        if role not in roles and role != "behaviour":
+            raise UserError(f"online.anchors: {method.name} reads no role {role!r}")
+        anchors[role] = how
+    return roles, anchors
+
+
+def _roller(core: shared.Core, settings: cfg.OnlineConfig) -> Roller:
+    method, run = core.method, core.config.run
+    found = _keywords(method)
+    keep = "predictions" if is_replayed(method) else "transitions" if reads_paths(method) else "nothing"
+    if settings.window is not None and keep != "transitions":
+        raise UserError(f"online.window: {method.name} keeps no path")
+    low, high = settings.window_range or (0, settings.sampling.steps)
+    if settings.window is not None and not 0 <= low <= high - settings.window <= settings.sampling.steps:
+        raise UserError(f"online.window: {settings.window} steps do not fit into {low} to {high}")
+    if settings.tau and settings.sampling.sampler != "sa_solver":
+        raise UserError("online.tau: is for the sampler sa_solver")
+    return Roller(
+        core.family,
+        settings.sampling,
+        settings.samples,
+        keep,  # type: ignore[arg-type]
+        (found.get("kind", "flow_sde"), found.get("noise_level")),
+        settings.window,
+        (low, high),
+        settings.shared_noise,
+        settings.tau,
+        (run.seed,),
+    )
+
+
+def _feedback(core: shared.Core, settings: cfg.OnlineConfig, root: Path) -> Feedback | None:
+    scorers = score.load_scorers(score.by_label(settings.scorers))
+    unknown = sorted(settings.reward.keys() - scorers.keys())
+    if unknown and settings.source == "scorers":
+        raise UserError(f"online.reward: {unknown[0]!r} is the label of none of the scorers")
+    if not scorers:
+        return None
+    together = [label for label, scorer in scorers.items() if getattr(scorer, "together", False)]
+    if together:
+        raise UserError(f"online.scorers: {together[0]} compares all samples of a prompt, which no round has at once")
+    return Scorers(core.family, scorers, root, settings.failures)
