@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffalign.errors import UserError
 from diffalign.likelihood import denoising_error, token_kl, token_log_probs, wide
 from diffalign.objectives.matching import branch_sizes
+from diffalign.samplers import guided
 from diffalign.schedule import Discrete
 from diffalign.transitions import FLOW_STEPS, Step, ddim
 from diffalign.types import Batch, Condition, DiffusionFamily, Draw, LogProbs, Role, Schedule, TextFamily, Weights
@@ -105,10 +106,12 @@ def transition(
     *,
     kind: Literal["ddim", "flow_sde", "dance", "cps"] = "flow_sde",
     noise_level: float | None = None,
+    guidance: float = 1.0,
+    detach_uncond: bool = False,
 ) -> LogProbs:
     """Log-probability of stored sampling steps under every role, a mean over latent elements.
 
-    The role ``behaviour`` costs no forward: its prediction was stored with the path.
+    The role ``behaviour`` costs no forward: its prediction was stored with the path, guidance included.
 
     Args:
         draw: from ``draws.transition``.
@@ -116,6 +119,10 @@ def transition(
         autocast: makes the precision context of the run; steps are computed in float32 or better.
         kind: the step the sampler took; ddim for discrete schedules, the others for flows.
         noise_level: as the sampler had it; None for the published default of ``kind``.
+        guidance: as the sampler had it: classifier-free guidance in every role's forward, over the family's interval
+            of times. 5 for D3PO and DDPO, 4.5 for Flow-GRPO; 1 runs the branch of the prompt alone.
+        detach_uncond: no gradient through the branch of the empty prompt, as in Flow-GRPO's first release (July 2025);
+            later ones, D3PO and DDPO train both.
 
     Returns:
         LogProbs (B, K, U), gaps of step means, and ``t``, ``std``, ``dt`` and ``diffusion`` as extra.
@@ -123,7 +130,7 @@ def transition(
     if draw.t_prev is None or draw.x_prev is None:
         raise UserError("estimate 'transition' needs the stored steps that draws.transition reads")
     run = [role for role in roles if role != "behaviour"]
-    predictions = _predictions(family, weights, batch, draw, run, autocast)
+    predictions = _predictions(family, weights, batch, draw, run, autocast, guidance, detach_uncond)
     if "behaviour" in roles:
         predictions["behaviour"] = draw.target
     step = step_of(family.schedule, kind, noise_level)
@@ -166,6 +173,8 @@ def _predictions(
     draw: Draw,
     roles: Sequence[Role],
     autocast: Autocast,
+    guidance: float = 1.0,
+    detach_uncond: bool = False,
 ) -> dict[Role, Tensor]:
     """What every role predicts, like ``draw.x_t``, in float32 or better; frozen roles first and without graph."""
     lead, dims = draw.t.shape, draw.t.ndim
@@ -174,9 +183,14 @@ def _predictions(
     if dims > 2:
         cond = {name: value.repeat_interleave(lead[2], 0) for name, value in cond.items()}
 
+    empty, interval = cond, (0.0, 1.0)
+    if guidance != 1.0:
+        empty, interval = family.unconditional(cond), family.guidance_interval
+
     def predict(role: Role) -> Tensor:
         with weights.use(role) as net, autocast():
-            return wide(family.predict(net, x_t, t, cond)).unflatten(0, lead)
+            forward = guided(family, net, cond, empty, guidance, interval, detach_uncond=detach_uncond)
+            return wide(forward(x_t, t)).unflatten(0, lead)
 
     predictions: dict[Role, Tensor] = {}
     with torch.no_grad():

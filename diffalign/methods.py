@@ -55,10 +55,10 @@ OFFLINE = (
 )
 
 ONLINE = (
-    # the release counts ties (keep_ties) and trains with guidance 5
+    # the release counts ties (keep_ties) and trains with guidance 5, as ddpo's does (estimate: {guidance: 5})
     Method("d3po", "arXiv:2311.13231", Term(draws.transition, ddim, "clipped_ratio"), source="online"),
     Method("ddpo", "arXiv:2305.13301", Term(partial(draws.transition, share=False), ddim, PPO), source="online"),
-    # KL 0.04 for GenEval and OCR, 0.01 for PickScore, 0 for FLUX
+    # KL 0.04 for GenEval and OCR, 0.01 for PickScore, 0 for FLUX; guidance 4.5 for SD3.5 (estimate: {guidance: 4.5})
     Method(
         "flow-grpo",
         "arXiv:2505.05470",

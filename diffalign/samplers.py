@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from diffalign import transitions
 from diffalign.errors import UserError, nearest
-from diffalign.schedule import Discrete
+from diffalign.likelihood import wide
+from diffalign.schedule import Discrete, expand
 from diffalign.transitions import Step
 from diffalign.types import Condition, DiffusionFamily, Path, Schedule, joined
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""(x_t (N, ...), t scalar) -> prediction (N, ...)."""
+"""(x_t (N, ...), t scalar or (N,)) -> prediction (N, ...)."""
 Transition = Callable[[Tensor, Tensor, Tensor, Tensor], Step]
 """(prediction, x_t, t, t_next) -> the Gaussian of the next state; times (N,)."""
 ROUNDING = 1e-6
@@ -36,13 +37,17 @@ def guided(
     empty: Condition,
     guidance: float,
     interval: tuple[float, float] = (0.0, 1.0),
+    *,
+    detach_uncond: bool = False,
 ) -> Predict:
-    """The network's prediction with classifier-free guidance, both branches in one forward.
+    """The network's prediction with classifier-free guidance, both branches in one forward, mixed in float32 or better.
 
     Args:
         cond, empty: conditions of the prompts and of the empty prompt, each leading with N.
         guidance: 1 runs the conditional branch alone.
-        interval: times at which guidance acts, both ends included (arXiv:2404.07724); elsewhere it is 1.
+        interval: times at which guidance acts, both ends included (arXiv:2404.07724); elsewhere it is 1. Where no row
+            is within, the conditional branch runs alone.
+        detach_uncond: no gradient through the branch of the empty prompt.
     """
 
     def alone(x: Tensor, t: Tensor) -> Tensor:
@@ -51,12 +56,16 @@ def guided(
     if guidance == 1.0:
         return alone
     both = joined([empty, cond])
+    low, high = interval[0] - ROUNDING, interval[1] + ROUNDING
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        if not interval[0] - ROUNDING <= float(t) <= interval[1] + ROUNDING:
+        acts = (t >= low) & (t <= high)
+        if not acts.any():
             return alone(x, t)
-        without, with_prompt = family.predict(net, torch.cat([x, x]), t.expand(2 * len(x)), both).chunk(2)
-        return family.rescale(mix(without, with_prompt, guidance), with_prompt)
+        t = t.expand(len(x))
+        without, with_prompt = wide(family.predict(net, torch.cat([x, x]), torch.cat([t, t]), both)).chunk(2)
+        mixed = mix(without.detach() if detach_uncond else without, with_prompt, guidance)
+        return torch.where(expand(acts, x), family.rescale(mixed, with_prompt), with_prompt)
 
     return predict
 

@@ -282,8 +282,10 @@ class DiffusionFamily(Family, Protocol):
     """What draws and estimators need of a diffusion or flow model line."""
 
     schedule: Schedule
+    guidance_interval: tuple[float, float]
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
+    def unconditional(self, cond: Condition) -> Condition: ...
     def rescale(self, guided: Tensor, with_prompt: Tensor) -> Tensor: ...
 
 

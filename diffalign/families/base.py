@@ -108,7 +108,7 @@ class LatentFamily:
     index_file: ClassVar[str] = "model_index.json"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times at which classifier-free guidance acts in sampling."""
+    """Times at which classifier-free guidance acts, in sampling and in training alike."""
     blocks: ClassVar[tuple[str, ...]] = ()
     """Classes of the repeated blocks, where the network does not name them itself."""
     dtype: torch.dtype = torch.float32
@@ -124,6 +124,7 @@ class LatentFamily:
         for part in parts.values():
             part.requires_grad_(False).eval().to(device)
         self._conditions: dict[str, Condition] = {}
+        self._released = False
         self._fingerprint: str | None = None
 
     @property
@@ -154,6 +155,7 @@ class LatentFamily:
             if not any(id(module) in kept for module in part.modules()):
                 part.to("meta")
         self._conditions.clear()
+        self._released = True
 
     @property
     def default_size(self) -> Size:
@@ -191,8 +193,17 @@ class LatentFamily:
         return torch.autocast(self.device.type, self.dtype)
 
     def encode_prompt(self, prompts: Sequence[str]) -> Condition:
-        """Condition tensors leading with N = len(prompts); every distinct prompt is encoded once and kept."""
+        """Condition tensors leading with N = len(prompts); every distinct prompt is encoded once and kept.
+
+        Raises:
+            UserError: the text encoders were given back; guidance needs them for the empty prompt.
+        """
         missing = [p for p in dict.fromkeys(prompts) if p not in self._conditions]
+        if missing and self._released:
+            raise UserError(
+                f"{self.name} has given back its text encoders, so {missing[0]!r} cannot be encoded any more; "
+                "guidance in training (estimate.guidance) needs them for the empty prompt"
+            )
         for start in range(0, len(missing), 256):
             chunk = missing[start : start + 256]
             with torch.no_grad():

@@ -164,7 +164,7 @@ def branch_errors(lp: LogProbs) -> tuple[Tensor, Tensor]:
 
 def branch_losses(lp: LogProbs) -> tuple[Tensor, Tensor]:
     """(B, K, U) each: self-normalised errors of the clean estimates of both branches, ``t^2 E / max(t |e|, 1e-5)``."""
-    t = lp.counted(lp.extra["t"])
+    t = lp.counted(lp.extra["t"]).to(lp.by_role["policy"].dtype)  # its square, too
     scales = ((t * lp.counted(lp.extra[name])).clamp_min(1e-5) for name in ("positive", "negative"))
     positive, negative = (t.square() * error / scale for error, scale in zip(branch_errors(lp), scales, strict=True))
     return positive, negative

@@ -67,6 +67,7 @@ SIDEWAYS = {
     "parquet": {"records", "files"},
     "mesh": {"files"},
     "draws": {"estimate"},
+    "estimate": {"samplers"},
     "textset": {"dataset"},
     "dataset": {"encoding"},
     "bank": {"dataset", "encoding"},

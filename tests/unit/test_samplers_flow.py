@@ -189,3 +189,12 @@ def test_guidance_acts_within_its_interval_only(interval):
     acts = [interval[0] <= t <= interval[1] for t in times]
     assert found == [1 + 4 * 2 if act else 3.0 for act in acts]
     assert line.rows == [2 if act else 1 for act in acts]
+
+
+def test_rows_at_times_of_their_own_are_guided_within_the_interval():
+    line, times = Line(), torch.tensor([0.1, 0.3, 0.75, 0.9])
+    cond, empty = ({"value": torch.full((4, 1), value)} for value in (3.0, 1.0))
+    predict = guided(line, torch.nn.Identity(), cond, empty, 4.0, (0.3, 0.75))
+    assert predict(torch.zeros(4, 1), times)[:, 0].tolist() == [3.0, 9.0, 9.0, 3.0]
+    assert predict(torch.zeros(4, 1), 0.1 * times)[:, 0].tolist() == [3.0] * 4
+    assert line.rows == [8, 4]

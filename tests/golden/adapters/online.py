@@ -18,7 +18,7 @@ from .common import Given, adapter, run, shaped, total
 
 
 def _network(inputs: Given, params: Given, stem: str, side: str = "") -> tuple[Tensor, dict[str, Tensor]]:
-    """A prediction, and the raw outputs that it is made of by name; two branches are mixed."""
+    """A prediction, and the raw outputs that it is made of by name; two branches are guided as in a forward."""
     if f"{stem}{side}" in inputs:
         names = (f"{stem}{side}",)
     else:
@@ -27,8 +27,21 @@ def _network(inputs: Given, params: Given, stem: str, side: str = "") -> tuple[T
     guidance, frozen = params("guidance_scale", None), params("detach_uncond", False, among=(True, False))
     if len(leaves) == 1:
         return next(iter(leaves.values())), leaves
-    without, with_prompt = leaves.values()
-    return samplers.mix(without.detach() if frozen else without, with_prompt, guidance), leaves
+    n = len(next(iter(leaves.values())))
+    rows = torch.arange(2 * n)
+    empty, cond = ({"row": half} for half in rows.split(n))
+    predict = samplers.guided(Stored(), torch.cat(list(leaves.values())), cond, empty, guidance, detach_uncond=frozen)
+    return predict(torch.zeros_like(leaves[names[0]]), torch.tensor(0.5)), leaves
+
+
+class Stored:
+    """A family whose predictions are the rows that its conditions name of what plays the network."""
+
+    def predict(self, net: Tensor, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return net[cond["row"]]
+
+    def rescale(self, guided: Tensor, with_prompt: Tensor) -> Tensor:
+        return guided
 
 
 def _gradients(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
