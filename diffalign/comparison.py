@@ -15,6 +15,7 @@ from diffalign.errors import UserError
 from diffalign.results import Measured
 
 RESAMPLES = 10_000
+AT_ONCE = 1_000  # resamples, to bound the memory of many prompts
 Outcomes = Mapping[str, Mapping[str, Sequence[float]]]
 """task -> prompt -> one number per sample; NaN where the scorer failed."""
 
@@ -76,10 +77,13 @@ def _task_draws(task: Sequence[Mapping[str, Sequence[float]]], rng: np.random.Ge
     prompts = sorted(task[0])  # pairing must not hang on the order of a file
     counts = np.array([len(task[0][prompt]) for prompt in prompts])
     sums = np.array([[math.fsum(model[prompt]) for prompt in prompts] for model in task])
-    drawn = rng.integers(len(prompts), size=(RESAMPLES, len(prompts)))
-    cells = drawn + len(prompts) * np.arange(RESAMPLES)[:, None]
-    times = np.bincount(cells.ravel(), minlength=cells.size).reshape(cells.shape).astype(float)
-    return sums @ times.T / (times @ counts)
+    parts = []
+    for start in range(0, RESAMPLES, AT_ONCE):
+        drawn = rng.integers(len(prompts), size=(min(AT_ONCE, RESAMPLES - start), len(prompts)))
+        cells = drawn + len(prompts) * np.arange(len(drawn))[:, None]
+        times = np.bincount(cells.ravel(), minlength=cells.size).reshape(cells.shape).astype(float)
+        parts.append(sums @ times.T / (times @ counts))
+    return np.concatenate(parts, axis=1)
 
 
 def bootstrap(*models: Outcomes, seed: int = 0) -> dict[str, np.ndarray]:
@@ -106,8 +110,8 @@ def over_seeds(draws: np.ndarray, seed: int = 0) -> np.ndarray:
     """The mean over runs that differ in their seed alone, as the bootstrap sees it: seeds are resampled as well.
 
     Every resample draws one seed fewer than there are, with replacement; so few make the variance of the mean come out
-    right, which as many as there are would understate by 1 in their number (Rao and Wu 1988, doi
-    10.1080/01621459.1988.10478591). The seeds of a resample depend on ``seed`` and their number alone: methods with
+    right, which as many as there are would understate by 1 in their number (Rao and Wu 1988,
+    doi:10.1080/01621459.1988.10478591). The seeds of a resample depend on ``seed`` and their number alone: methods with
     the same seeds in the same order stay paired. Of one seed nothing is resampled.
 
     Args:
