@@ -1,9 +1,9 @@
-"""Geometry of the report's charts: numbers in, SVG coordinates and tick labels out. Pure, standard library only."""
+"""Geometry of the charts of the pages: numbers in, SVG coordinates and tick labels out. Pure, standard library only."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
 from typing import NamedTuple
@@ -55,6 +55,14 @@ class Histogram(NamedTuple):
 def tick(value: float) -> str:
     """A number on an axis, as short as it goes."""
     return f"{value:.6g}".replace("-", "−")
+
+
+def count(value: float) -> str:
+    """A large number to three digits: ``950``, ``12.5 k``, ``1.2 M``."""
+    for power, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= 0.9995 * power:
+            return f"{float(f'{value / power:.3g}'):g}{unit}"
+    return f"{value:.3g}" if value < 1 else f"{value:.0f}"
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -145,3 +153,134 @@ def histogram(values: Sequence[float], bins: int = 20) -> Histogram:
     for value in values:
         counts[min(int((value - low) / ((high - low) or 1.0) * bins), bins - 1)] += 1
     return Histogram(low, high, fmean(values), len(values), [count / max(counts) for count in counts])
+
+
+# --- panels of many lines -----------------------------------------------------------------------------------------
+
+MOST_LINES = 8
+"""Of a panel: so many colours can be told apart."""
+LEGEND_ROW = 18
+NARROW_NAME = 18  # characters of a name that fit half of the width
+
+
+class Trace(NamedTuple):
+    """One series of a panel: its line, its points, and the marked ones by kind."""
+
+    name: str
+    style: int
+    path: str
+    dots: list[Point]
+    marks: dict[str, Point]
+    key: Point
+    """Where its entry of the legend begins."""
+
+
+class Guide(NamedTuple):
+    """A horizontal line of a panel with its place in the legend."""
+
+    name: str
+    at: float
+    key: Point
+
+
+class Panel(NamedTuple):
+    """A finished chart of several lines with a legend below."""
+
+    title: str
+    x_title: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    guides: list[Guide]
+    traces: list[Trace]
+    height: int
+
+
+def panel(
+    title: str,
+    series: Mapping[str, Sequence[Point]],
+    x_title: str,
+    y_axis: tuple[float, float],
+    x_ticks: Sequence[tuple[float, str]],
+    guides: Sequence[tuple[float, str]] = (),
+    marks: Mapping[str, Mapping[str, Point]] | None = None,
+) -> Panel:
+    """A chart of at most :data:`MOST_LINES` lines through few points each.
+
+    Args:
+        title: what the y axis shows.
+        series: name -> (x, y) with ascending x, from 0 on.
+        x_title: what the x axis shows.
+        y_axis: its range; charts that are read together share it.
+        x_ticks: (place, text).
+        guides: horizontal lines and their names.
+        marks: name -> kind of mark -> point.
+    """
+    x_axis = (0.0, max([x for points in series.values() for x, _ in points], default=0.0) or 1.0)
+
+    def at(point: Point) -> Point:
+        return round(_across(point[0], x_axis), 1), round(_up(point[1], y_axis), 1)
+
+    names = [*series, *(name for _, name in guides)]
+    columns = 1 if any(len(name) > NARROW_NAME for name in names) else 2
+
+    def key(index: int) -> Point:
+        row, column = divmod(index, columns)
+        return LEFT + column * (RIGHT - LEFT) / 2, HEIGHT + 22.0 + LEGEND_ROW * row
+
+    traces = []
+    for index, (name, points) in enumerate(series.items()):
+        own = {kind: at(point) for kind, point in (marks or {}).get(name, {}).items()}
+        line = path(points, x_axis, y_axis)
+        traces.append(Trace(name, index, line, [at(point) for point in points], own, key(index)))
+    return Panel(
+        title,
+        x_title,
+        [Tick(round(_across(value, x_axis), 1), text) for value, text in x_ticks],
+        [Tick(round(_up(value, y_axis), 1), tick(value)) for value in ticks(*y_axis)],
+        [Guide(name, at((0.0, value))[1], key(len(series) + n)) for n, (value, name) in enumerate(guides)],
+        traces,
+        HEIGHT + 16 + LEGEND_ROW * math.ceil(len(names) / columns),
+    )
+
+
+FOREST_LEFT, FOREST_RIGHT, FOREST_TOP, FOREST_ROW = 216.0, 346.0, 8, 22
+
+
+class Branch(NamedTuple):
+    """A row of a forest plot in chart coordinates."""
+
+    name: str
+    verdict: str
+    low: float
+    middle: float
+    high: float
+    at: float
+    text: str
+
+
+class Forest(NamedTuple):
+    """Values with their intervals, one below the other."""
+
+    title: str
+    ticks: list[Tick]
+    zero: float
+    rows: list[Branch]
+    bottom: float
+    height: int
+
+
+def forest(title: str, rows: Sequence[tuple[str, str, tuple[float, float, float], str]]) -> Forest:
+    """A forest plot around 0 of (name, verdict, (low, value, high), text)."""
+    axis = bounds([0.0, *(end for _, _, ends, _ in rows for end in ends)])
+
+    def across(value: float) -> float:
+        share = (value - axis[0]) / (axis[1] - axis[0])
+        return round(FOREST_LEFT + share * (FOREST_RIGHT - FOREST_LEFT), 1)
+
+    branches = []
+    for index, (name, verdict, (low, middle, high), text) in enumerate(rows):
+        at = FOREST_TOP + FOREST_ROW * (index + 0.5)
+        branches.append(Branch(name, verdict, across(low), across(middle), across(high), at, text))
+    bottom = FOREST_TOP + FOREST_ROW * len(rows)
+    marks = [Tick(across(value), tick(value)) for value in ticks(*axis, most=4)]
+    return Forest(title, marks, across(0.0), branches, bottom, bottom + 40)

@@ -7,7 +7,7 @@ rewards that were not trained on fall.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, pstdev
 
 from diffalign.comparison import Outcomes, common, compare
@@ -70,15 +70,33 @@ def stop_rule(trained: Mapping[int, Outcomes], held_out: Mapping[int, Outcomes])
     steps = list(trained)
     if not held_out[steps[0]]:
         return steps[-1], None
+    return onset(
+        steps,
+        lambda step, best: _paired(held_out[step], held_out[best]),
+        lambda step, best: _paired(trained[step], trained[best]),
+    )
+
+
+def onset(
+    steps: Sequence[int], held_out: Callable[[int, int], Measured], trained: Callable[[int, int], Measured]
+) -> tuple[int, int | None]:
+    """The best step so far, and the first at which the trained reward is higher than there and the held-out lower.
+
+    Args:
+        steps: in order, the start first.
+        held_out: (step, best so far) -> the paired difference of the held-out score; lower means that its interval
+            excludes 0.
+        trained: the same of the trained reward.
+    """
     best = steps[0]
     for step in steps[1:]:
-        change = _paired(held_out[step], held_out[best])
+        change = held_out(step, best)
         assert change.difference is not None
         assert change.difference_interval is not None
         if change.difference > 0:
             best = step
             continue
-        gain = _paired(trained[step], trained[best]).difference
+        gain = trained(step, best).difference
         if change.difference_interval[1] < 0 and gain is not None and gain > 0:
             return best, step
     return best, None

@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from diffalign.charts import HEIGHT, WIDTH, tick
+from diffalign.charts import HEIGHT, WIDTH, count, tick
 from diffalign.results import number
 
 
@@ -27,6 +27,6 @@ def render(template: str, **content: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": number, "duration": duration, "tick": tick}
+    environment.filters |= {"number": number, "duration": duration, "tick": tick, "count": count}
     environment.globals["size"] = (WIDTH, HEIGHT)  # of charts; a global, since imported macros see no context
     return environment.get_template(template).render(**content)

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from diffalign import overoptimisation, records
 from diffalign.charts import Chart, Histogram, chart, histogram
@@ -26,7 +26,7 @@ from diffalign.errors import UserError
 from diffalign.files import replacing
 from diffalign.pages import render
 from diffalign.records import Candidate, Record
-from diffalign.results import Results, Row, Trajectory, headline, number, panel, table
+from diffalign.results import Results, Row, Trajectory, headline, number, panel, parse, table
 
 MAX_PICTURES = 192
 MAX_PER_TASK = 6
@@ -70,26 +70,14 @@ class Step(_Input):
     alarms: dict[str, str] = Field(default_factory=dict)
 
 
-M = TypeVar("M", bound=BaseModel)
-
-
 # --- reading ------------------------------------------------------------------------------------------------------
-
-
-def _parse(model: type[M], text: str | bytes, where: str) -> M:
-    try:
-        return model.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{where}: {place + ': ' if place else ''}{first['msg']}") from None
 
 
 def _read_metrics(path: Path) -> list[Step]:
     if not path.is_file():
         return []
     lines = path.read_bytes().splitlines()
-    return [_parse(Step, line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    return [parse(Step, line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
 def _read_records(path: Path) -> list[Record]:
@@ -191,7 +179,7 @@ def _prompt(record: Record) -> str:
 
 
 def _evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    parsed = [_parse(Results, (f / "results.json").read_bytes(), str(f / "results.json")) for f in folders]
+    parsed = [parse(Results, (f / "results.json").read_bytes(), str(f / "results.json")) for f in folders]
     columns = 2 * sum(max(1, len(results.tasks)) for results in parsed)
     per_task = max(1, min(MAX_PER_TASK, MAX_PICTURES // max(1, columns)))
     return [
@@ -217,7 +205,7 @@ def _trajectories(root: Path) -> list[dict[str, Any]]:
     """Every evaluation over training: its curves, the trained reward first, and what they say."""
     shown = []
     for path in sorted(root.glob(f"eval/*/{overoptimisation.FILE}")):
-        found = _parse(Trajectory, path.read_bytes(), str(path))
+        found = parse(Trajectory, path.read_bytes(), str(path))
         charts = [
             chart(
                 f"{label} ({_role(found, label)})",
@@ -338,7 +326,7 @@ def _collect(root: Path) -> dict[str, Any]:
         "trajectories": _trajectories(root),
         "alarms": [(step.step, name, text) for step in steps for name, text in step.alarms.items()],
         "pool": _pool(root / "pool"),
-        "job": _parse(Job, job.read_bytes(), str(job)) if job.is_file() else None,
+        "job": parse(Job, job.read_bytes(), str(job)) if job.is_file() else None,
     }
     if not any(parts.values()):
         raise UserError(f"{root}: nothing to report; expected config.yaml, job.json, pool/, train/ or eval/NAME/")

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from diffalign.errors import UserError
+
+M = TypeVar("M", bound=BaseModel)
 Interval = tuple[float, float]
+
+
+def parse(model: type[M], text: str | bytes, where: str) -> M:
+    """JSON as a model, or one line that names the place and the first thing wrong with it."""
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where}: {place + ': ' if place else ''}{first['msg']}") from None
 
 
 class _Read(BaseModel):
@@ -81,7 +94,7 @@ class Shown(NamedTuple):
     ends: tuple[float, float, float]
 
 
-def _show(value: float | None, interval: Interval | None, *, sign: bool = False) -> Shown | None:
+def shown(value: float | None, interval: Interval | None, *, sign: bool = False) -> Shown | None:
     """As text, with the fewest digits (two to four) at which no end of a signed interval passes for zero."""
     if value is None or interval is None:
         return None
@@ -89,6 +102,17 @@ def _show(value: float | None, interval: Interval | None, *, sign: bool = False)
     digits = next((d for d in (2, 3) if all(round(end, d) for end in ends)), 4)
     low, high = (number(end, digits, sign=sign) for end in interval)
     return Shown(number(value, digits, sign=sign), f"{low} to {high}", (interval[0], value, interval[1]))
+
+
+Verdict = Literal["better", "worse", "unclear", ""]
+
+
+def verdict(interval: Interval | None) -> Verdict:
+    """What the interval of a difference says; empty without one."""
+    if interval is None:
+        return ""
+    low, high = interval
+    return "better" if low > 0 else "worse" if high < 0 else "unclear"
 
 
 class Row(NamedTuple):
@@ -101,19 +125,16 @@ class Row(NamedTuple):
     difference: Shown | None
 
     @property
-    def verdict(self) -> Literal["better", "worse", "unclear", ""]:
+    def verdict(self) -> Verdict:
         """What the interval of the difference says; empty without a baseline."""
-        if self.difference is None:
-            return ""
-        low, _, high = self.difference.ends
-        return "better" if low > 0 else "worse" if high < 0 else "unclear"
+        return verdict(self.difference and (self.difference.ends[0], self.difference.ends[2]))
 
 
 def _row(task: str, n: int, measured: Measured) -> Row:
-    after = _show(measured.policy, measured.interval)
+    after = shown(measured.policy, measured.interval)
     assert after is not None
-    before = _show(measured.against, measured.against_interval)
-    return Row(task, n, after, before, _show(measured.difference, measured.difference_interval, sign=True))
+    before = shown(measured.against, measured.against_interval)
+    return Row(task, n, after, before, shown(measured.difference, measured.difference_interval, sign=True))
 
 
 def table(results: Results) -> list[Row]:

@@ -28,6 +28,7 @@ LEVELS = (
         *("encoding", "dataset", "bank", "textset", "train", "evaluate"),
         *("label", "report", "doctor", "quickstart", "export", "predict", "serve", "serve_http", "serving"),
         *("geneval_layout", "comparison", "overoptimisation"),
+        *("arena_results", "arena_scores", "arena_answers", "arena_summary", "arena_page"),
     },
     {"cli", "__main__"},
 )
@@ -87,6 +88,10 @@ SIDEWAYS = {
     },
     "evaluate": LEVELS[6] - {"quickstart", "report", "build", "export"},
     "overoptimisation": {"comparison"},
+    "arena_scores": {"arena_results", "comparison"},
+    "arena_answers": {"arena_results", "arena_scores", "comparison"},
+    "arena_summary": {"arena_results", "arena_scores", "arena_answers", "comparison", "overoptimisation"},
+    "arena_page": {"arena_results", "pages"},
     "prompts": {"geneval_layout"},
     "predict": {"train"},
     "doctor": {"predict"},
