@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from diffalign.config_arena import ArenaConfig, ArenaEntry, ArenaEvaluation, ArenaTuning
 from diffalign.config_data import (
     BuildConfig,
     ExtractorConfig,
@@ -33,6 +34,10 @@ from diffalign.configfile import Strict
 __all__ = [
     "VERBS",
     "AnchorConfig",
+    "ArenaConfig",
+    "ArenaEntry",
+    "ArenaEvaluation",
+    "ArenaTuning",
     "BuildConfig",
     "CreditConfig",
     "DataConfig",
@@ -261,6 +266,7 @@ VERBS: dict[str, tuple[type[Strict] | None, str, str]] = {
         "weights -> diffusers, PEFT, LoRA or kohya; records -> parquet",
     ),
     "eval": (EvalConfig, "diffalign.evaluate:run", "GenEval-style table, paired with a baseline"),
+    "arena": (ArenaConfig, "diffalign.arena:run", "many methods, one budget -> a comparison with intervals"),
     "serve": (ServeConfig, "diffalign.serve:run", "scorers behind HTTP, for clients with `name: remote`"),
     "report": (ReportConfig, "diffalign.report:run", "run folders -> one HTML page"),
     "list": (None, "diffalign.doctor:list_command", "methods, objectives, shapings, families, scorers"),
