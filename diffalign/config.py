@@ -233,19 +233,21 @@ class QuickstartConfig(Strict):
         """Method, optimiser and length."""
 
         method: MethodConfig
+        online: OnlineConfig | None = Field(default=None, description="instead of generate, score and build")
         optim: OptimConfig = OptimConfig()
         steps: int = Field(gt=0)
         batch: int = Field(gt=0)
         precision: Literal["fp32", "bf16"] = "fp32"
+        ema: float | None = None
         save_every: int = Field(default=50, ge=0)
 
     title: str = "diffalign quickstart"
     dir: str = "runs/quickstart"
     seed: int = 0
     model: ModelConfig
-    generate: Stage
-    scorers: list[ScorerConfig] = Field(min_length=1)
-    build: Rules
+    generate: Stage | None = None
+    scorers: list[ScorerConfig] = Field(default_factory=list)
+    build: Rules | None = None
     train: Training
     judge: ScorerConfig
     evaluate: dict[str, Evaluation] = Field(min_length=1, description="name -> evaluation")
