@@ -5,14 +5,13 @@ Cells (method x seed) run apart from each other and leave a file each: a stopped
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-
-from rich.progress import Progress
 
 from diffalign import arena_cell as cell
 from diffalign import arena_page
@@ -59,31 +58,43 @@ def _check(name: str, entry: cfg.ArenaEntry) -> None:
         raise UserError(f"entries.{name}: give `build` rules, `online` settings, or both")
 
 
+def _quiet() -> None:
+    """As the command line does it."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 class _Workers:
-    """Processes that run cells, each on its share of the cores."""
+    """Processes that run cells, each on its share of the cores; a single one is this process."""
 
     def __init__(self, count: int) -> None:
-        threads = max(1, (os.cpu_count() or 1) // count)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they load torch
-        self._pool = ProcessPoolExecutor(count, get_context("spawn"))
+        self._pool = None
+        if count > 1:
+            threads = max(1, (os.cpu_count() or 1) // count)
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they load torch
+            self._pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_quiet)
 
     def __enter__(self) -> _Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def run(self, what: str, plans: Iterable[Plan]) -> None:
         """All cells that have no result yet."""
         missing = [plan for plan in plans if not plan.result.is_file()]
         pools = [plan for plan in missing if plan.entry.build is not None]
-        with Progress() as bar:
-            task = bar.add_task(what, total=len(missing))
-            if pools:  # before two cells want it at once
-                self._pool.submit(cell.make_pool, pools[0]).result()
-            for future in [self._pool.submit(cell.run, plan) for plan in missing]:
-                future.result()
-                bar.advance(task)
+        for plan in pools[:1]:  # before two cells want it at once
+            cell.make_pool(plan)
+        for index, _ in enumerate(self._finished(missing), 1):
+            print(f"{what}: {index} of {len(missing)} cells")
+
+    def _finished(self, plans: Sequence[Plan]) -> Iterator[None]:
+        if self._pool is None:
+            yield from map(cell.run, plans)
+            return
+        for future in as_completed([self._pool.submit(cell.run, plan) for plan in plans]):
+            yield future.result()
 
 
 def _plan(config: cfg.ArenaConfig, name: str, seed: int, lr: float) -> Plan:

@@ -1,0 +1,122 @@
+"""`diffalign arena`: cells trained to a budget and judged, kept over a stop, put together as a page."""
+
+import json
+
+import pytest
+import yaml
+
+SHAPES = {"family": "sd3", "path": "embedded:shapes", "lora": {"rank": 2}}
+SAMPLING = {"steps": 2, "guidance": 1.0, "batch": 32}
+ARENA = {
+    "title": "Three methods",
+    "model": SHAPES,
+    "scorers": [{"name": "shapes", "label": "graded", "params": {"metric": "graded"}}],
+    "reward": {"graded": 1.0},
+    "pool": SAMPLING,
+    "pool_prompts": {"source": "shapes:train", "per_task": 4},
+    "pool_share": 0.3,
+    "candidates": 3,
+    "rounds": {
+        "prompts": {"source": "shapes:train", "per_task": 4},
+        "groups": 2,
+        "samples": 4,
+        "updates": 2,
+        "sampling": SAMPLING,
+    },
+    "optim": {"warmup": 1},
+    "budget": 480,
+    "moments": [0.5, 1.0],
+    "seeds": [0],
+    "tuning": {"factors": [1.0, 2.0], "budget": 240, "prompts": {"source": "shapes:train", "per_task": 1}},
+    "evaluate": {
+        "prompts": {"source": "shapes:heldout", "per_task": 3},
+        "sampling": SAMPLING,
+        "guided": {**SAMPLING, "guidance": 3.0},
+        "judge": {"name": "shapes", "label": "correct", "params": {"metric": "correct"}},
+        "panel": [{"name": "shapes", "label": "graded", "params": {"metric": "graded"}}],
+    },
+    "entries": {
+        "awm": {
+            "title": "AWM",
+            "group": "online",
+            "method": {"name": "awm", "draw": {"kind": "discrete", "steps": 4, "count": 2}},
+            "online": {},
+            "batch": 4,
+        },
+        "dpo": {
+            "title": "DPO",
+            "group": "offline",
+            "method": {"name": "diffusion-dpo", "objective": {"beta": 20.0}},
+            "build": {"rule": "all_pairs"},
+            "flip": 0.5,
+            "batch": 4,
+        },
+        "dro": {
+            "title": "DRO",
+            "group": "online",
+            "method": {"name": "diffusion-dro"},
+            "build": {"rule": "ranked"},
+            "best_only": True,
+            "online": {"prompts": None, "samples": 1, "groups": 4, "updates": 1},
+            "batch": 4,
+        },
+    },
+    "contrasts": [{"question": "Is AWM better than DPO?", "first": "awm", "second": "dpo"}],
+    "targets": [{"question": "Who gets to DPO's score?", "of": "dpo", "reference": "dpo", "asked": ["awm"]}],
+    "workers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory):
+    root = tmp_path_factory.mktemp("arena")
+    path = root / "arena.yaml"
+    settings = {**ARENA, "dir": str(root / "cells"), "out": str(root / "out")}
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def cell(path, name):
+    return json.loads((path.parent / "cells" / name / "cell.json").read_text())
+
+
+def test_every_cell_keeps_to_the_budget_and_is_judged_where_it_should(arena, cli):
+    result = cli("arena", arena)
+    assert result.code == 0, result.err
+    results = json.loads((arena.parent / "out/results.json").read_text())
+    assert [entry["entry"]["name"] for entry in results["entries"]] == ["awm", "dpo", "dro"]
+    assert not any(entry["failures"] for entry in results["entries"])
+    for name in ("awm-0", "dpo-0", "dro-0"):
+        found = cell(arena, f"cells/{name}")["snapshots"]
+        assert len(found) == 2
+        assert found[0]["updates"] * 2 == found[1]["updates"]
+        assert 0.6 * 480 < found[-1]["evaluations"] < 1.4 * 480
+        assert found[0]["evaluations"] < found[1]["evaluations"]
+        assert "guided" in found[1]["outcomes"]
+        assert "guided" not in found[0]["outcomes"]
+        assert found[1]["kl"] > 0
+    # a round: 8 samples of 2 steps, then twice 2 times per sample under policy (3) and reference (1)
+    lines = (arena.parent / "cells/cells/awm-0/train/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["evaluations"] for line in lines[:2]] == [8 * 2 + 4 * 2 * 4, 4 * 2 * 4]
+    assert cell(arena, "cells/awm-0")["lr"] in (1e-3, 2e-3)
+    assert "AWM" in (arena.parent / "out/arena.html").read_text()
+
+
+def test_a_second_call_repeats_no_cell(arena, cli):
+    before = {path: path.stat().st_mtime_ns for path in arena.parent.rglob("cell.json")}
+    (arena.parent / "cells/cells/dpo-0/cell.json").unlink()
+    assert cli("arena", arena).code == 0
+    after = {path: path.stat().st_mtime_ns for path in arena.parent.rglob("cell.json")}
+    assert [path.parent.name for path in before if after[path] != before[path]] == ["dpo-0"]
+
+
+def test_another_budget_is_another_arena(arena, cli):
+    result = cli("arena", arena, "budget=500")
+    assert result.code == 2
+    assert "budget" in result.err
+
+
+def test_an_entry_without_data_is_refused(arena, cli):
+    result = cli("arena", arena, "entries.dpo.build=null")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "entries.dpo" in result.err
