@@ -17,11 +17,11 @@ from diffalign import arena_cell as cell
 from diffalign import arena_page
 from diffalign import config as cfg
 from diffalign.arena_cell import Plan
-from diffalign.arena_results import Contrast, Entry, Label, Target, Trial, headline, write
+from diffalign.arena_results import BASE, Contrast, Entry, Label, Target, Trial, headline, write
 from diffalign.arena_scores import Cell, Snapshot
 from diffalign.arena_summary import summarise
 from diffalign.comparison import means
-from diffalign.errors import UserError
+from diffalign.errors import UserError, nearest
 from diffalign.files import claim, write_json
 from diffalign.methods import resolve
 
@@ -35,11 +35,15 @@ def run(config: cfg.ArenaConfig, dry_run: bool = False) -> Path:
     """Run what is missing; returns the page."""
     for name, entry in config.entries.items():
         _check(name, entry)
+    unknown = sorted(set(config.only) - config.entries.keys())
+    if unknown:
+        raise UserError(f"only: no entry {unknown[0]!r}{nearest(unknown[0], config.entries)}")
     root = Path(config.dir)
-    trials = {name: _trials(config, name) for name in config.entries}
-    count = sum(map(len, trials.values())) + len(config.entries) * len(config.seeds)
+    chosen = [name for name in config.entries if not config.only or name in config.only]
+    trials = {name: _trials(config, name) for name in chosen}
+    count = sum(map(len, trials.values())) + len(chosen) * len(config.seeds)
     if dry_run:
-        print(f"would run {count} cells of {len(config.entries)} methods into {root}, results into {config.out}")
+        print(f"would run {count} cells of {len(chosen)} methods into {root}, results into {config.out}")
         return root
     claim(root / "arena.json", config.model_dump(mode="json", include=SHARED), root)
     base = _base(config)
@@ -47,8 +51,8 @@ def run(config: cfg.ArenaConfig, dry_run: bool = False) -> Path:
         workers.run("tuning", [plan for plans in trials.values() for plan in plans])
         rates = {name: _chosen(plans) for name, plans in trials.items()}
         for seed in config.seeds:
-            workers.run(f"seed {seed}", [_plan(config, name, seed, rates[name]) for name in config.entries])
-            page = report(config, base, trials)
+            workers.run(f"seed {seed}", [_plan(config, name, seed, rates[name]) for name in chosen])
+            page = report(config, base)
     return page
 
 
@@ -144,8 +148,8 @@ def _base(config: cfg.ArenaConfig) -> Snapshot:
     return cell.read(path)[0][0]
 
 
-def report(config: cfg.ArenaConfig, base: Snapshot, trials: dict[str, list[Plan]]) -> Path:
-    """Put together what there is; returns the page."""
+def report(config: cfg.ArenaConfig, base: Snapshot) -> Path:
+    """Put together what has run; returns the page."""
     how = config.evaluate
     main = how.judge.label or how.judge.name
     labels = {main: Label(title=f"held-out {main}", about="no guidance, as in training")}
@@ -154,18 +158,11 @@ def report(config: cfg.ArenaConfig, base: Snapshot, trials: dict[str, list[Plan]
         for one in how.panel
     }
     labels["guided"] = Label(title="guided", about=f"{main}, guidance {how.guided.guidance:g}")
-    cells, entries = [], []
-    for name, entry in config.entries.items():
-        rate = _chosen(trials[name])
-        tried = [Trial(learning_rate=plan.lr, score=_score(plan)) for plan in trials[name]]
-        entries.append(
-            Entry(name=name, title=entry.title, group=entry.group, note=entry.note, learning_rate=rate, tuning=tried)
-        )
-        for seed in config.seeds:
-            path = _plan(config, name, seed, rate).result
-            if path.is_file():
-                found, error, _ = cell.read(path)
-                cells.append(Cell(name, seed, found, error))
+    entries, cells, waiting = _found(config)
+    ran = {BASE, *(entry.name for entry in entries)}
+    contrasts = [Contrast.model_validate(one) for one in config.contrasts]
+    targets = [Target.model_validate(one) for one in config.targets]
+    notes = [*config.notes, *([f"Not run yet: {', '.join(waiting)}."] if waiting else [])]
     tuning = config.tuning
     results = summarise(
         config.title,
@@ -173,20 +170,45 @@ def report(config: cfg.ArenaConfig, base: Snapshot, trials: dict[str, list[Plan]
         entries,
         cells,
         labels=labels,
-        contrasts=[Contrast.model_validate(one) for one in config.contrasts],
-        targets=[Target.model_validate(one) for one in config.targets],
+        contrasts=[one for one in contrasts if {one.first, one.second} <= ran],
+        targets=[
+            one.model_copy(update={"asked": [name for name in one.asked if name in ran]})
+            for one in targets
+            if {one.of, one.reference or BASE} <= ran
+        ],
         main=main,
         trained=next(one.label or one.name for one in how.panel),
         tuning=f"{len(tuning.factors)} learning rates per method, {tuning.budget:,} network evaluations each, "
         f"judged on {tuning.prompts.source} with seed {tuning.seed}",
         settings=_described(config),
-        notes=config.notes,
+        notes=notes,
         command=" ".join(["diffalign", *sys.argv[1:]]),
     )
     out = Path(config.out)
     write(out / RESULTS, results)
     print("\n".join(headline(results)))
     return arena_page.write(out / RESULTS)
+
+
+def _found(config: cfg.ArenaConfig) -> tuple[list[Entry], list[Cell], list[str]]:
+    """The entries that have run, their cells, and the names of the others."""
+    entries, cells, waiting = [], [], []
+    for name, entry in config.entries.items():
+        plans = [_plan(config, name, seed, 0.0) for seed in config.seeds]
+        done = [plan for plan in plans if plan.result.is_file()]
+        if not done:
+            waiting.append(name)
+            continue
+        tried = [
+            Trial(learning_rate=plan.lr, score=_score(plan)) for plan in _trials(config, name) if plan.result.is_file()
+        ]
+        for plan in done:
+            found, error, lr = cell.read(plan.result)
+            cells.append(Cell(name, plan.seed, found, error))
+        entries.append(
+            Entry(name=name, title=entry.title, group=entry.group, note=entry.note, learning_rate=lr, tuning=tried)
+        )
+    return entries, cells, waiting
 
 
 def _described(config: cfg.ArenaConfig) -> dict[str, object]:

@@ -74,4 +74,5 @@ class ArenaConfig(Strict):
     contrasts: list[dict[str, Json]] = Field(default_factory=list, description="questions about final scores")
     targets: list[dict[str, Json]] = Field(default_factory=list, description="questions about the way to a score")
     notes: list[str] = Field(default_factory=list)
+    only: list[str] = Field(default_factory=list, description="entries to run now; the page shows all that have run")
     workers: int = Field(default=2, gt=0, description="cells at a time, each on a share of the cores")

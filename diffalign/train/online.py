@@ -151,9 +151,7 @@ def _gathered(core: shared.Core, mine: Tensor) -> Tensor:
 def _train(job: Job) -> None:
     core = job.core
     first = shared.start(core)
-    if job.watch:
-        job.watch.restore(first)
-    _restore_buffer(job, first)
+    _restore(job, first)
     if core.run.is_main:
         print(_plan(job))
     while True:
@@ -162,7 +160,7 @@ def _train(job: Job) -> None:
             break
         except health.Diverged as failure:
             first = shared.roll_back(core, failure)
-            _restore_buffer(job, first)
+            _restore(job, first)
     shared.finish(core)
 
 
@@ -261,7 +259,10 @@ def _state(job: Job) -> dict[str, Any]:
     return {"buffer": {str(name): list(kept) for name, kept in job.buffered.history.items()}}
 
 
-def _restore_buffer(job: Job, first: int) -> None:
+def _restore(job: Job, first: int) -> None:
+    """What the loop itself remembers, as it was at update ``first``."""
+    if job.watch:
+        job.watch.restore(first)
     if job.buffered is not None:
         job.buffered.restore(job.core.run.extra(first).get("buffer", {}))
 
