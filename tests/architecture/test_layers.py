@@ -85,6 +85,7 @@ SIDEWAYS = {
         "rewards",
         "comparison",
         "overoptimisation",
+        "label",
     },
     "evaluate": LEVELS[6] - {"quickstart", "report", "build", "export"},
     "overoptimisation": {"comparison"},
