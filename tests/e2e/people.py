@@ -1,5 +1,7 @@
 """Somebody who answers what a run of `online.source: human` asks, through the application of `diffalign label`."""
 
+import threading
+import time
 from pathlib import Path
 
 from diffalign import config as cfg
@@ -36,3 +38,17 @@ def answer(folder: Path, limit: int | None = None) -> int:
             item = client.post("/api/answer", annotator="ann", item=item["id"], answer=best_first).json()["item"]
             given += 1
     return given
+
+
+def answering(rounds: Path, count: int) -> threading.Thread:
+    """A thread that answers so many rounds as they appear."""
+
+    def work() -> None:
+        for index in range(count):
+            while not is_whole(rounds / f"{index:06d}"):
+                time.sleep(0.02)
+            answer(rounds / f"{index:06d}")
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread

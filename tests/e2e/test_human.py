@@ -50,20 +50,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(human, "POLL", 0.02)
 
 
-def answering(folder: Path, count: int = 1) -> threading.Thread:
-    """A thread that answers so many rounds as they appear."""
-
-    def work() -> None:
-        for index in range(count):
-            while not people.is_whole(folder / f"{index:06d}"):
-                time.sleep(0.02)
-            people.answer(folder / f"{index:06d}")
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
-
-
 class TestRound:
     def test_files_and_labels_in_order(self, tmp_path, quick, capsys):
         levels = torch.arange(6).reshape(2, 3) / 8
@@ -211,7 +197,7 @@ class TestRun:
         assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
         assert rows[2]["loss"] == pytest.approx(np.log(2), abs=1e-6), "the reference is the start of the round"
         assert rows[1]["loss"] != pytest.approx(np.log(2), abs=1e-9)
-        thread = answering(tmp_path / "again/rounds", 2)
+        thread = people.answering(tmp_path / "again/rounds", 2)
         assert cli("train", config, f"run.dir={tmp_path / 'again'}").code == 0
         thread.join()
         assert final(tmp_path / "again") == final(tmp_path / "run")
