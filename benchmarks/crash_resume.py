@@ -101,7 +101,7 @@ def train_words(config: Path, folder: Path) -> list[object]:
 def metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [{key: value for key, value in row.items() if key not in ("seconds", "memory")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "cpu", "memory")} for row in rows]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -30,6 +30,8 @@ from diffalign.errors import UserError, nearest
 DEFAULT_CONFIG = {"quickstart": "quickstart"}
 TEXT_CONFIG = {"quickstart": "text/quickstart"}
 """What ``--text`` runs instead: the same verb on the embedded language model."""
+METHOD_CONFIG = {"quickstart": {"diffusion-dpo": "quickstart", "awm": "quickstart_awm"}}
+"""What ``--method NAME`` runs instead."""
 OVERRIDE = re.compile(r"[\w.-]+=")
 LISTS = ("methods", "objectives", "shapings", "families", "scorers", "extractors")
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
@@ -139,6 +141,12 @@ def _as_overrides(words: Sequence[str], verb: str) -> list[str]:
         if word == "--text" and verb in TEXT_CONFIG:
             out.insert(0, TEXT_CONFIG[verb])
             continue
+        if word.partition("=")[0] == "--method" and verb in METHOD_CONFIG:
+            name = word.partition("=")[2] or (queue.popleft() if queue else "")
+            if name not in METHOD_CONFIG[verb]:
+                raise UserError(f"--method {name!r}: there is {', '.join(METHOD_CONFIG[verb])}")
+            out.insert(0, METHOD_CONFIG[verb][name])
+            continue
         if not word.startswith("--") or word in ("--", "--dry-run"):
             out.append(word)
             continue
@@ -195,7 +203,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if model is not None:
-        more = {"train": "[--resume [latest|PATH]]", "quickstart": "[--text]"}.get(verb, "")
+        more = {"train": "[--resume [latest|PATH]]", "quickstart": "[--text] [--method diffusion-dpo|awm]"}.get(
+            verb, ""
+        )
         if verb == "eval":
             more += f"\n       diffalign {verb} RESULTS_A RESULTS_B: who wins, and whether that is significant"
         parser.usage = f"diffalign {verb} [config.yaml] [key.path=value ...] [--dry-run] {more}"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from diffalign.config_arena import ArenaConfig, ArenaEntry, ArenaEvaluation, ArenaTuning
 from diffalign.config_data import (
     BuildConfig,
     ExtractorConfig,
@@ -33,6 +34,10 @@ from diffalign.configfile import Strict
 __all__ = [
     "VERBS",
     "AnchorConfig",
+    "ArenaConfig",
+    "ArenaEntry",
+    "ArenaEvaluation",
+    "ArenaTuning",
     "BuildConfig",
     "CreditConfig",
     "DataConfig",
@@ -230,19 +235,21 @@ class QuickstartConfig(Strict):
         """Method, optimiser and length."""
 
         method: MethodConfig
+        online: OnlineConfig | None = Field(default=None, description="instead of generate, score and build")
         optim: OptimConfig = OptimConfig()
         steps: int = Field(gt=0)
         batch: int = Field(gt=0)
         precision: Literal["fp32", "bf16"] = "fp32"
+        ema: float | None = None
         save_every: int = Field(default=50, ge=0)
 
     title: str = "diffalign quickstart"
     dir: str = "runs/quickstart"
     seed: int = 0
     model: ModelConfig
-    generate: Stage
-    scorers: list[ScorerConfig] = Field(min_length=1)
-    build: Rules
+    generate: Stage | None = None
+    scorers: list[ScorerConfig] = Field(default_factory=list)
+    build: Rules | None = None
     train: Training
     judge: ScorerConfig
     evaluate: dict[str, Evaluation] = Field(min_length=1, description="name -> evaluation")
@@ -263,6 +270,7 @@ VERBS: dict[str, tuple[type[Strict] | None, str, str]] = {
         "weights -> diffusers, PEFT, LoRA or kohya; records -> parquet",
     ),
     "eval": (EvalConfig, "diffalign.evaluate:run", "GenEval-style table, paired with a baseline"),
+    "arena": (ArenaConfig, "diffalign.arena:run", "many methods, one budget -> a comparison with intervals"),
     "serve": (ServeConfig, "diffalign.serve:run", "scorers behind HTTP, for clients with `name: remote`"),
     "report": (ReportConfig, "diffalign.report:run", "run folders -> one HTML page"),
     "list": (None, "diffalign.doctor:list_command", "methods, objectives, shapings, families, scorers"),

@@ -18,7 +18,7 @@ from diffalign import config as cfg
 from diffalign.configfile import Strict, dump
 from diffalign.errors import UserError
 from diffalign.files import replacing, write_json
-from diffalign.train import offline
+from diffalign.train import start
 from diffalign.train.run import versions
 
 ADAPTER = "train/lora"
@@ -27,45 +27,10 @@ ADAPTER = "train/lora"
 def stage_configs(config: cfg.QuickstartConfig) -> dict[str, tuple[Callable[..., Path], Strict]]:
     """The verbs to run, in order, each with the config a user could have written for it."""
     root = Path(config.dir)
-    pool, train = root / "pool", config.train
     base = config.model.model_copy(update={"lora": None})
     aligned = base.model_copy(update={"adapter": str(root / ADAPTER)})
-    stages: dict[str, tuple[Callable[..., Path], Strict]] = {
-        "generate": (
-            generate.run,
-            cfg.GenerateConfig(model=base, out=str(pool), **_seeded(config.generate, config.seed)),
-        ),
-        "score": (
-            score.run,
-            cfg.ScoreConfig(
-                records=str(pool / "records.jsonl"), out=str(pool / "scored.jsonl"), scorers=config.scorers
-            ),
-        ),
-        "build": (
-            build.run,
-            cfg.BuildConfig(
-                records=str(pool / "scored.jsonl"), out=str(pool / "train.jsonl"), **config.build.model_dump()
-            ),
-        ),
-        "train": (
-            offline.run,
-            cfg.TrainConfig(
-                model=config.model,
-                data=cfg.DataConfig(records=str(pool / "train.jsonl")),
-                method=train.method,
-                optim=train.optim,
-                run=cfg.RunConfig(
-                    dir=str(root / "train"),
-                    steps=train.steps,
-                    batch=train.batch,
-                    precision=train.precision,
-                    seed=config.seed,
-                    save_every=train.save_every,
-                    resume="latest",
-                ),
-            ),
-        ),
-    }
+    stages = {} if config.train.online else _pool_stages(config, root / "pool", base)
+    stages["train"] = (start.run, _training(config, root))
     for name, stage in config.evaluate.items():
         settings = cfg.EvalConfig(
             model=aligned, against=base, judge=config.judge, out=str(root / "eval" / name), **_seeded(stage, 0)
@@ -73,6 +38,43 @@ def stage_configs(config: cfg.QuickstartConfig) -> dict[str, tuple[Callable[...,
         stages[f"eval {name}"] = (evaluate.run, settings)
     stages["report"] = (report.run, cfg.ReportConfig(dir=str(root), title=config.title))
     return stages
+
+
+def _pool_stages(
+    config: cfg.QuickstartConfig, pool: Path, base: cfg.ModelConfig
+) -> dict[str, tuple[Callable[..., Path], Strict]]:
+    """What makes the records that offline training reads."""
+    if config.generate is None or config.build is None or not config.scorers:
+        raise UserError("quickstart: give generate, scorers and build, or train.online in their place")
+    made, scored, records = (str(pool / name) for name in ("records.jsonl", "scored.jsonl", "train.jsonl"))
+    generating = cfg.GenerateConfig(model=base, out=str(pool), **_seeded(config.generate, config.seed))
+    building = cfg.BuildConfig(records=scored, out=records, **config.build.model_dump())
+    return {
+        "generate": (generate.run, generating),
+        "score": (score.run, cfg.ScoreConfig(records=made, out=scored, scorers=config.scorers)),
+        "build": (build.run, building),
+    }
+
+
+def _training(config: cfg.QuickstartConfig, root: Path) -> cfg.TrainConfig:
+    train = config.train
+    return cfg.TrainConfig(
+        model=config.model,
+        data=None if train.online else cfg.DataConfig(records=str(root / "pool" / "train.jsonl")),
+        online=train.online,
+        method=train.method,
+        optim=train.optim,
+        run=cfg.RunConfig(
+            dir=str(root / "train"),
+            steps=train.steps,
+            batch=train.batch,
+            precision=train.precision,
+            seed=config.seed,
+            ema=train.ema,
+            save_every=train.save_every,
+            resume="latest",
+        ),
+    )
 
 
 def _seeded(stage: cfg.QuickstartConfig.Stage, offset: int) -> dict[str, Any]:

@@ -63,6 +63,12 @@ def run(config: cfg.TrainConfig, dry_run: bool = False) -> Path:
     return job.core.run.folder
 
 
+def cost(config: cfg.TrainConfig) -> float:
+    """Network evaluations of a step of a run, by taking one; nothing is written but the cache."""
+    job = _prepare(config)
+    return _step(job, 0, next(_schedule(job, 0)))["evaluations"]
+
+
 def _prepare(config: cfg.TrainConfig) -> Job:
     """Check the directory, the method and the data first, then load the model, then encode."""
     assert config.data is not None

@@ -42,6 +42,16 @@ def run(config: cfg.TrainConfig, dry_run: bool = False) -> Path:
     return job.core.run.folder
 
 
+def cost(config: cfg.TrainConfig) -> float:
+    """Network evaluations of a round of a run, by beginning one; nothing is written."""
+    job = prepare(config)
+    assert job.core.tally is not None
+    made = make_round(job, 0)
+    sampling = float(job.core.tally.take())
+    update = _update(job, made, 0, next(made.parts(job.settings, _seed(job))))
+    return sampling + job.settings.updates * update["evaluations"]
+
+
 # --- a round --------------------------------------------------------------------------------------------------------
 
 

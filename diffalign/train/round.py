@@ -122,7 +122,13 @@ def share(
     size = reward.shape[1]
     singles = torch.arange(size)[None, :, None].expand(len(reward), -1, -1)
     whole = torch.arange(size)[None, None].expand(len(reward), -1, -1)
-    samples = credits.pairs(reward, settings.credit.pairs) if needed.k == 2 else whole if needed.listwise else singles
+    samples = (
+        credits.pairs(reward, settings.credit.pairs)
+        if needed.k == 2 and size > 1
+        else whole
+        if needed.listwise
+        else singles
+    )
     where = torch.arange(len(reward))[:, None, None]
     if "advantage" in needed.labels:
         labels["advantage"] = credits.advantages(reward, names, settings.credit, buffered)[where, samples]

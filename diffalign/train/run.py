@@ -106,6 +106,7 @@ class Run:
         self.rollbacks = 0
         """How often this run went back to a checkpoint; each time halves the learning rate."""
         self.started = time.perf_counter()
+        self._cpu = time.process_time()
         self._writer: Any = None
 
     @property
@@ -188,7 +189,13 @@ class Run:
         """Append a line to metrics.jsonl and to TensorBoard; ``alarms`` are name -> text."""
         if not self.is_main:
             return
-        cost = {"seconds": round(time.perf_counter() - self.started, 3), "memory": round(peak_memory(self.device), 3)}
+        now = time.process_time()
+        cost = {
+            "seconds": round(time.perf_counter() - self.started, 3),
+            "cpu": round(now - self._cpu, 3),  # since the line before
+            "memory": round(peak_memory(self.device), 3),
+        }
+        self._cpu = now
         line = {"step": step, **cost, **metrics, **({"alarms": dict(alarms)} if alarms else {})}
         path = self.folder / "metrics.jsonl"
         with writing(path), path.open("a", encoding="utf-8") as file:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save
 
 from diffalign import config as cfg
@@ -14,14 +15,13 @@ from diffalign import score
 from diffalign.comparison import Outcomes
 from diffalign.errors import UserError
 from diffalign.files import replacing
-from diffalign.generate import candidate_seed, chunks, make_sampling, sample_media
+from diffalign.generate import make_sampling
+from diffalign.held_out import judge, weighted
 from diffalign.overoptimisation import held_out_score, stop_rule
 from diffalign.prompts import read_prompts
-from diffalign.scoring import Score, Scorer, score_batch
+from diffalign.scoring import Scorer
 from diffalign.sharding import whole
 from diffalign.train.core import Core, ends_with
-from diffalign.train.feedback import shown
-from diffalign.types import Request
 
 FILE, BEST = "held_out.jsonl", "best.safetensors"
 
@@ -101,28 +101,24 @@ class Watch:
 
     def _measure(self) -> dict[str, Any]:
         """Label -> outcomes; the trained rewards together are ``trained``."""
-        core, family = self._core, self._core.family
-        counted = core.tally.count if core.tally else 0
-        found: dict[str, dict[str, dict[str, list[float]]]] = {}
-        with core.weights.use(ends_with(core)), torch.no_grad():
-            for group in chunks(self._prompts, self._sampling.batch):
-                requests = [Request(str(r.prompt), candidate_seed(self._seed, r.id, 0)) for r in group]
-                media = sample_media(family, requests, make_sampling(self._sampling))  # type: ignore[arg-type]
-                with shown(family, group, media, self._root) as samples:
-                    names = [record.id for record in group]
-                    columns = {
-                        label: [
-                            outcome.value if isinstance(outcome, Score) else float("nan")
-                            for outcome in score_batch(label, scorer, samples, names)
-                        ]
-                        for label, scorer in {**self._trained, **self._held_out}.items()
-                    }
-                parts = [[weight * value for value in columns[label]] for label, weight in self._weights.items()]
-                columns["trained"] = [sum(row) for row in zip(*parts, strict=True)]
-                for label, values in columns.items():
-                    for record, value in zip(group, values, strict=True):
-                        task = found.setdefault(label, {}).setdefault(str(record.meta.get("tag", "all")), {})
-                        task.setdefault(str(record.prompt), []).append(value)
-        if core.tally:  # what it costs to look is not what it costs to train
-            core.tally.count = counted
-        return found
+        core = self._core
+        with core.weights.use(ends_with(core)), uncounted(core):
+            found = judge(
+                core.family,
+                self._prompts,
+                make_sampling(self._sampling),  # type: ignore[arg-type]
+                self._sampling.batch,
+                self._seed,
+                {**self._trained, **self._held_out},
+                self._root,
+            ).outcomes
+        return {**found, "trained": weighted(found, self._weights)}
+
+
+@contextmanager
+def uncounted(core: Core) -> Iterator[None]:
+    """What it costs to look is not what it costs to train."""
+    count = core.tally.count if core.tally else 0
+    yield
+    if core.tally:
+        core.tally.count = count

@@ -22,7 +22,7 @@ LEVELS = (
     },
     {"estimate", "samplers", "draws"},
     {"methods"},
-    {"config", "config_parts", "config_data", "config_online", "configfile"},
+    {"config", "config_parts", "config_data", "config_online", "config_arena", "configfile"},
     {
         *("generate", "prompts", "models", "score", "rewards", "choices", "build", "pool_page", "pages", "importing"),
         *("encoding", "dataset", "bank", "textset", "train", "evaluate"),
@@ -40,9 +40,10 @@ SIDEWAYS = {
     "transitions": {"schedule", "likelihood"},
     "edm": {"schedule"},
     "objectives": {"credit"},
-    "config": {"configfile", "config_parts", "config_data", "config_online"},
+    "config": {"configfile", "config_parts", "config_data", "config_online", "config_arena"},
     "config_data": {"configfile", "config_parts"},
     "config_online": {"configfile", "config_parts"},
+    "config_arena": {"configfile", "config_parts", "config_online"},
     "config_parts": {"configfile"},
     "records": {"files"},
     "weights": {"files", "sharding"},
@@ -104,7 +105,17 @@ SIDEWAYS = {
 PURE = {"torch", "numpy", "diffalign", *sys.stdlib_module_names}
 HEAVY = {"diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "tensorboard"}
 NOT_IN_BASE = {"torchvision", "open_clip", "timm"}
-FAST = {"errors", "config", "config_parts", "config_data", "config_online", "configfile", "cli", "__main__"}
+FAST = {
+    "errors",
+    "config",
+    "config_parts",
+    "config_data",
+    "config_online",
+    "config_arena",
+    "configfile",
+    "cli",
+    "__main__",
+}
 PARTS = {
     ("diffalign.families.sdxl", "diffalign.families.sd"),
     ("diffalign.families.controlnet", "diffalign.families.sd"),
@@ -218,7 +229,13 @@ def test_the_rule_sees_every_kind_of_import(modules, name, code, allowed):
 
 
 def test_config_knows_only_errors(modules):
-    configs = {"diffalign.config", "diffalign.config_parts", "diffalign.config_data", "diffalign.config_online"}
+    configs = {
+        "diffalign.config",
+        "diffalign.config_parts",
+        "diffalign.config_data",
+        "diffalign.config_online",
+        "diffalign.config_arena",
+    }
     found = {item.module for name, item in inside(modules) if name in configs}
     assert found <= {"diffalign.errors", "diffalign.configfile", *configs}
     assert {top for name, _, top in outside(modules) if name in configs} <= {"pydantic", "yaml"}

@@ -22,6 +22,7 @@ def test_verbs_are_pinned():
         "train",
         "export",
         "eval",
+        "arena",
         "serve",
         "report",
         "list",

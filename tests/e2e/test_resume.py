@@ -36,7 +36,7 @@ def tensors(folder: Path) -> dict[str, tuple[torch.dtype, list]]:
 
 def metrics(run: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in lines(run / "metrics.jsonl")]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "memory")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "cpu", "memory")} for row in rows]
 
 
 def flat(value, name="") -> dict[str, object]:

@@ -1,0 +1,77 @@
+"""The config of an arena: many methods from one base under one budget. Imports neither torch nor diffusers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from diffalign.config_online import OnlineConfig
+from diffalign.config_parts import ModelConfig, PromptsConfig, SamplingConfig, ScorerConfig
+from diffalign.configfile import Strict
+
+Json = Any
+
+
+class ArenaEntry(Strict):
+    """A method and what is its own; everything else is shared."""
+
+    title: str
+    group: str = Field(default="", description="entries of a group share a chart")
+    note: str = ""
+    method: dict[str, Json] = Field(description="as in a training config")
+    online: dict[str, Json] | None = Field(default=None, description="changes to the shared rounds; none: offline")
+    build: dict[str, Json] | None = Field(default=None, description="rules that make records of the pool")
+    best_only: bool = Field(default=False, description="keep the best candidate of every record alone")
+    flip: float = Field(default=0.0, ge=0, lt=1, description="share of pairs whose labels are exchanged")
+    lr: float = Field(default=1e-3, gt=0, description="middle of the learning rates that tuning tries")
+    batch: int = Field(default=64, gt=0, description="records per micro-step")
+    ema: float | None = None
+
+
+class ArenaEvaluation(Strict):
+    """What a model is judged on, always from the same noise."""
+
+    prompts: PromptsConfig
+    sampling: SamplingConfig
+    guided: SamplingConfig = Field(description="the last snapshot also with guidance")
+    judge: ScorerConfig
+    panel: list[ScorerConfig] = Field(default_factory=list)
+    seed: int = 10_000
+
+
+class ArenaTuning(Strict):
+    """What every method is given to find its learning rate; no held-out prompt is looked at."""
+
+    factors: list[float] = Field(min_length=1, description="times the entry's learning rate")
+    budget: int = Field(gt=0, description="network evaluations per trial")
+    prompts: PromptsConfig = Field(description="what trials are judged on; training prompts")
+    seed: int = 99
+
+
+class ArenaConfig(Strict):
+    """`diffalign arena`: methods x seeds -> a table, charts and a page."""
+
+    title: str
+    dir: str = Field(description="where cells are kept, so that a stopped arena goes on")
+    out: str = Field(description="folder for results.json, the page and the charts")
+    model: ModelConfig
+    scorers: list[ScorerConfig] = Field(min_length=1, description="the trained rewards")
+    reward: dict[str, float] = Field(description="label -> weight")
+    pool: SamplingConfig = Field(description="how offline methods sample what they train on")
+    pool_prompts: PromptsConfig
+    pool_share: float = Field(default=0.2, gt=0, lt=1, description="of the budget that goes into sampling the pool")
+    candidates: int = Field(default=6, gt=1, description="samples per prompt of the pool")
+    rounds: OnlineConfig = Field(description="what online methods share")
+    optim: dict[str, Json] = Field(default_factory=dict, description="optimiser of all; the learning rate is tuned")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    budget: int = Field(gt=0, description="network evaluations per cell: forward 1, backward 2, per sample")
+    moments: list[float] = Field(default_factory=lambda: [0.25, 0.5, 1.0], description="shares that are judged")
+    seeds: list[int] = Field(min_length=1)
+    tuning: ArenaTuning
+    evaluate: ArenaEvaluation
+    entries: dict[str, ArenaEntry] = Field(min_length=1)
+    contrasts: list[dict[str, Json]] = Field(default_factory=list, description="questions about final scores")
+    targets: list[dict[str, Json]] = Field(default_factory=list, description="questions about the way to a score")
+    notes: list[str] = Field(default_factory=list)
+    workers: int = Field(default=2, gt=0, description="cells at a time, each on a share of the cores")
