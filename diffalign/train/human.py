@@ -16,8 +16,8 @@ from diffalign import label, media
 from diffalign import records as store
 from diffalign.configfile import dump, load
 from diffalign.errors import UserError
-from diffalign.files import claim, replacing
-from diffalign.label.plan import SKIP, TYPES, Plan
+from diffalign.files import claim, replacing, sweep
+from diffalign.label.plan import SKIP, TYPES, Plan, Task
 from diffalign.prompts import bring_files
 from diffalign.records import Candidate, Record
 
@@ -72,7 +72,7 @@ class Human:
         samples: per prompt. Two are compared as a pair, more are ranked.
     """
 
-    labels = (LABEL,)
+    labels: tuple[str, ...] = (LABEL,)
 
     def __init__(self, family: Any, folder: Path, root: Path, samples: int) -> None:
         self.seconds: dict[str, float] = {"wait": 0.0}
@@ -80,6 +80,7 @@ class Human:
         self._rounds = folder
         self._root = root
         self._samples = samples
+        self._task: Task = "pair" if samples == 2 else "rank"
         self.begin(0)
 
     def begin(self, index: int) -> None:
@@ -145,19 +146,20 @@ class Human:
             if not same or list(store.read(path)) != made:
                 raise UserError(f"{self._folder}: holds samples of other weights or settings; delete it to ask anew")
             return
+        for folder in (self._folder, self._folder / "media"):
+            sweep(folder)
         with replacing(self._folder / "latents.safetensors") as handle:
             handle.write(save({"latents": latents.contiguous()}))
-        task = "pair" if self._samples == 2 else "rank"
-        asked = cfg.LabelConfig(records=str(path), out=str(self._folder / "answers.jsonl"), task=task)
+        asked = cfg.LabelConfig(records=str(path), out=str(self._folder / "answers.jsonl"), task=self._task)
         with replacing(self._folder / "label.yaml") as handle:
             handle.write(dump(asked).encode())
         store.write(path, made)
 
     def _config(self) -> cfg.LabelConfig:
-        """The config as people may have changed it, but for the files."""
+        """The config as people may have changed it, but for its files, task and label."""
         config = load(cfg.LabelConfig, self._folder / "label.yaml")
         files = {"records": str(self._folder / "records.jsonl"), "out": str(self._folder / "answers.jsonl")}
-        return config.model_copy(update={**files, "label": LABEL})
+        return config.model_copy(update={**files, "task": self._task, "label": LABEL})
 
     def _wait(self, config: cfg.LabelConfig) -> None:
         """Return once there is an answer to every question, and not to skip it to all of them."""
@@ -186,7 +188,7 @@ def _answered(config: cfg.LabelConfig, asked: Plan) -> bool:
 class Nobody:
     """Feedback for a rehearsal: nothing is written, and the later of two samples of a prompt counts as the better."""
 
-    labels = (LABEL,)
+    labels: tuple[str, ...] = (LABEL,)
 
     def __init__(self, samples: int) -> None:
         self.seconds: dict[str, float] = {"wait": 0.0}

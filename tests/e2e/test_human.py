@@ -51,7 +51,7 @@ def quick(monkeypatch):
 
 
 class TestRound:
-    def test_files_and_labels_in_order(self, tmp_path, quick, capsys):
+    def test_files_and_labels_in_order(self, tmp_path, quick, cli, capsys):
         levels = torch.arange(6).reshape(2, 3) / 8
         feedback = submitted(tmp_path, 3, levels, chunk=2)
         feedback._complete()
@@ -63,6 +63,11 @@ class TestRound:
         ]
         seen = [[np.asarray(Image.open(folder / c.sample))[0, 0, 0] / 255 for c in r.candidates] for r in shown]
         np.testing.assert_allclose(seen, levels, atol=2e-3)
+        asked = cli("label", folder / "label.yaml", "--dry-run")
+        assert (asked.code, asked.out.split(" into ")[0]) == (
+            0,
+            f"would ask 2 questions (rank) about {folder / 'records.jsonl'}",
+        )
         assert people.answer(folder) == 2
         assert feedback.collect().tolist() == [[0.0], [0.5], [1.0]] * 2
         assert [[c.labels["human"] for c in r.candidates] for r in store.read(folder / "labelled.jsonl")] == [
