@@ -102,7 +102,9 @@ class MethodConfig(Strict):
         default=None, description="transformations of the log-probs before the objective: `name` and parameters"
     )
     extra: list[dict[str, Json]] = Field(
-        default_factory=list, description="objectives added on the same log-probs: `name`, `weight` and parameters"
+        default_factory=list,
+        description="objectives added on the same log-probs: `name`, `weight` and parameters; one that the row has is "
+        "changed, weight 0 leaves it out",
     )
 
 

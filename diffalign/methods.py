@@ -206,7 +206,8 @@ def resolve(
     Args:
         objective: ``name`` swaps the objective; the row's objective parameters then no longer apply.
         shaping: replaces the row's shapings; each has a ``name``, the rest are its parameters.
-        extra: objectives to add on the main term's log-probs; each has a ``name`` and a ``weight``.
+        extra: objectives to add on the main term's log-probs, or changes to the row's own extra terms of those names;
+            each has a ``name``, a ``weight`` and parameters. A weight of 0 leaves the term out.
 
     Raises:
         UserError: unknown method, objective, shaping or parameter, a parameter without a value, or parts that do not
@@ -227,7 +228,7 @@ def resolve(
         params={**kept, **changes},
         shaping=main.shaping if shaping is None else tuple(_shaping(item) for item in shaping),
     )
-    method = replace(row, main=main, extra=(*row.extra, *(_extra(item) for item in extra)))
+    method = replace(row, main=main, extra=_extras(row.extra, extra))
     for term in method.terms:
         _check(term, method)
     return method
@@ -252,12 +253,17 @@ def _shaping(item: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return name, params
 
 
-def _extra(item: Mapping[str, Any]) -> Term:
-    name, params = _named(item, "extra")
-    weight = params.pop("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise UserError(f"method.extra: the weight of {name!r} must be a number, got {weight!r}")
-    return Term(None, None, name, float(weight), params)
+def _extras(row: Sequence[Term], changes: Sequence[Mapping[str, Any]]) -> tuple[Term, ...]:
+    """The extra terms of a row with changes; what has weight 0 would cost a forward for nothing."""
+    terms = {term.objective: term for term in row}
+    for item in changes:
+        name, params = _named(item, "extra")
+        term = terms.get(name, Term(None, None, name))
+        weight = params.pop("weight", term.weight)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise UserError(f"method.extra: the weight of {name!r} must be a number, got {weight!r}")
+        terms[name] = replace(term, weight=float(weight), params={**term.params, **params})
+    return tuple(term for term in terms.values() if term.weight)
 
 
 def _check(term: Term, method: Method) -> None:

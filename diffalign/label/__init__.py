@@ -37,15 +37,8 @@ def run(config: LabelConfig, dry_run: bool = False) -> Path:
         raise UserError(f"overlap: {config.overlap}: there are only {len(names)} annotators")
     if out.resolve() == source.resolve():
         raise UserError(f"{out}: is the input itself; choose another file for the answers")
-    job = plan.make(
-        source,
-        config.task,
-        seed=config.seed,
-        pairs=config.pairs,
-        limit=config.limit,
-        segment_seconds=config.segment_seconds,
-    )
-    claim(out, _identity(config, source), write=not dry_run and config.merge is None)
+    job = questions(config)
+    claim(out, identity(config), write=not dry_run and config.merge is None)
     if config.merge is not None:
         return _merge(config, job, dry_run)
     if dry_run:
@@ -79,8 +72,25 @@ def check_names(names: list[str]) -> list[str]:
     return names
 
 
-def _identity(config: LabelConfig, source: Path) -> dict[str, Any]:
-    """What decides the items."""
+def questions(config: LabelConfig) -> Plan:
+    """All that is asked.
+
+    Raises:
+        UserError: the records cannot be shown.
+    """
+    return plan.make(
+        Path(config.records),
+        config.task,
+        seed=config.seed,
+        pairs=config.pairs,
+        limit=config.limit,
+        segment_seconds=config.segment_seconds,
+    )
+
+
+def identity(config: LabelConfig) -> dict[str, Any]:
+    """What decides the items: answers belong to nothing else."""
+    source = Path(config.records)
     with source.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     keys = {"pair": ("pairs",), "segments": ("pairs", "segment_seconds")}.get(config.task, ())

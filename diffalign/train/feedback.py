@@ -30,6 +30,10 @@ class Feedback(Protocol):
     seconds: dict[str, float]
     """Since the last call of ``collect``: at work, and how long the samples had to wait for it."""
 
+    def begin(self, index: int) -> None:
+        """What is submitted from here on is of the round ``index``."""
+        ...
+
     def submit(self, records: Sequence[Record], latents: Tensor) -> None:
         """Samples (n, ...) and the record of each."""
         ...
@@ -59,6 +63,9 @@ class Scorers:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="score")
         self._pending: deque[Future[list[list[Outcome]]]] = deque()
         self._found: list[list[Outcome]] = []
+
+    def begin(self, index: int) -> None:
+        """Nothing to do: scores are the same in every round."""
 
     def submit(self, records: Sequence[Record], latents: Tensor) -> None:
         """Returns at once unless too many batches wait."""

@@ -11,10 +11,12 @@ from diffalign import score
 from diffalign.credit import Buffered
 from diffalign.errors import UserError
 from diffalign.estimate import transition
+from diffalign.families.base import family_class
 from diffalign.methods import needs, reads_paths, resolve, unwrapped
 from diffalign.prompts import read_prompts
 from diffalign.records import Record
 from diffalign.train import core as shared
+from diffalign.train import human
 from diffalign.train.experts import Experts, is_replayed
 from diffalign.train.feedback import Feedback, Scorers
 from diffalign.train.rollout import Roller
@@ -98,6 +100,10 @@ def _check(config: cfg.TrainConfig, settings: cfg.OnlineConfig, method: Method) 
         raise UserError("online.prompts: are those of `data` here" if replayed else "online: give `prompts`")
     if not replayed and settings.source == "scorers" and not settings.scorers:
         raise UserError("online.scorers: name at least one, or set online.source=human")
+    if settings.source == "human" and replayed:
+        raise UserError(f"online.source: {method.name} compares samples with experts alone; remove it")
+    if settings.source == "human":
+        human.check(config, settings, family_class(config.model.family).modality)
     if replayed and settings.samples != 1:
         raise UserError(f"online.samples: {method.name} makes one sample per expert")
     if run.accumulate != 1:
@@ -182,9 +188,13 @@ def _roller(core: shared.Core, settings: cfg.OnlineConfig) -> Roller:
 
 
 def _feedback(core: shared.Core, settings: cfg.OnlineConfig, root: Path) -> Feedback | None:
+    if settings.source == "human":
+        if core.run.world > 1:
+            raise UserError(f"online.source: people answer one process, and this run has {core.run.world}")
+        return human.Human(core.family, core.run.folder / "rounds", root, settings.samples)
     scorers = score.load_scorers(score.by_label(settings.scorers))
     unknown = sorted(settings.reward.keys() - scorers.keys())
-    if unknown and settings.source == "scorers":
+    if unknown:
         raise UserError(f"online.reward: {unknown[0]!r} is the label of none of the scorers")
     if not scorers:
         return None

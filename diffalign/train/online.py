@@ -20,6 +20,7 @@ from diffalign.randomness import keyed
 from diffalign.registry import find_objective
 from diffalign.train import core as shared
 from diffalign.train import credits, health
+from diffalign.train.human import Nobody
 from diffalign.train.job import Job, prepare
 from diffalign.train.rollout import Group, Rollout, assemble
 from diffalign.train.round import Item, Round, share
@@ -74,6 +75,8 @@ def make_round(job: Job, index: int) -> Round:
     """Sample, score, and sample again what taught nothing; what every process then holds of the round."""
     core, settings = job.core, job.settings
     begun = time.perf_counter()
+    if job.feedback:
+        job.feedback.begin(index)
     mine = _groups(job, index, 0)[core.run.rank :: core.run.world]
     rollout, rewards = _sampled(job, index, mine)
     for attempt in range(1, settings.refill + 1):
@@ -270,6 +273,8 @@ def _restore(job: Job, first: int) -> None:
 def _rehearse(job: Job) -> None:
     """One real round; nothing is written."""
     print(_plan(job))
+    if job.settings.source == "human":
+        job.feedback = Nobody(job.settings.samples)
     made = make_round(job, 0)
     part = next(iter(made.parts(job.settings, _seed(job))))
     metrics = _update(job, made, 0, part)

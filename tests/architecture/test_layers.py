@@ -88,6 +88,7 @@ SIDEWAYS = {
         "comparison",
         "overoptimisation",
         "held_out",
+        "label",
     },
     "evaluate": LEVELS[6] - {"quickstart", "report", "build", "export"},
     "overoptimisation": {"comparison"},

@@ -1,4 +1,7 @@
-"""Every shipped training config takes three steps on a tiny model of its family; only sizes and places are changed."""
+"""Every shipped training config trains on a tiny model of its family; only sizes, places and scorers are changed.
+
+Those on records take three steps, those on samples of the policy two rounds.
+"""
 
 import json
 import shutil
@@ -16,9 +19,10 @@ from diffalign import media
 from diffalign import records as store
 from diffalign.configfile import load
 from diffalign.methods import needs, resolve
-from diffalign.train import offline
+from diffalign.train import human, offline, online
 
 from . import (
+    people,
     test_family_flux,
     test_family_flux2,
     test_family_qwen_image,
@@ -36,6 +40,7 @@ CONFIGS = sorted(
     for path in ROOT.rglob("*.yaml")
     if path.parent.name not in PLACED and path.read_text().startswith("# diffalign train")
 )
+ONLINE = [path for path in CONFIGS if "online" in yaml.safe_load((ROOT / path).read_text())]
 SIZES: dict[str, Any] = {"trellis": None, "wan": [5, 16, 16]}
 
 
@@ -95,27 +100,67 @@ def sample(folder: Path, family: str, name: str, rng: np.random.Generator) -> st
     return f"{name}.png"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=str)
-def test_three_steps(models, tmp_path, path, monkeypatch):
+def small(path: Path, models: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """A shipped config with a tiny model, and places in a folder."""
     content = yaml.safe_load((ROOT / path).read_text())
     family = content["model"]["family"]
     if content["model"].get("lora"):
         content["model"]["lora"]["rank"] = 2
     content["model"].pop("parts", None)
     content["model"] |= {"path": str(models[family]), "device": "cpu", "dtype": "fp32", "quant": None}
-    content["run"] |= {"dir": str(tmp_path / "run"), "steps": 3, "batch": 2, "accumulate": 1, "precision": "fp32"}
-    content["data"] |= {"records": str(tmp_path / "records.jsonl"), "size": SIZES.get(family, [32, 32])}
-    changed = tmp_path / "config.yaml"
+    content["run"] |= {"dir": str(folder / "run"), "steps": 3, "batch": 2, "accumulate": 1, "precision": "fp32"}
+    if "data" in content:
+        content["data"] |= {"records": str(folder / "records.jsonl"), "size": SIZES.get(family, [32, 32])}
+    return content
+
+
+def loaded(content: dict[str, Any], folder: Path) -> cfg.TrainConfig:
+    changed = folder / "config.yaml"
     changed.write_text(yaml.safe_dump(content))
-    config = load(cfg.TrainConfig, str(changed))
-    write_records(tmp_path, config)
-    offline.run(config)
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 3
+    return load(cfg.TrainConfig, str(changed))
+
+
+def check(folder: Path, steps: int) -> None:
+    """Finite losses, gradients, and final weights."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == steps
     assert all(np.isfinite(row["loss"]) for row in rows)
     assert all(row["grad_live"] > 0 for row in rows)
-    assert any((tmp_path / "run").glob("*/*.safetensors"))
-    shutil.rmtree(tmp_path / "run")
+    assert any(folder.glob("*/*.safetensors"))
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in ONLINE], ids=str)
+def test_three_steps(models, tmp_path, path):
+    config = loaded(small(path, models, tmp_path), tmp_path)
+    write_records(tmp_path, config)
+    offline.run(config)
+    check(tmp_path / "run", 3)
+
+
+@pytest.mark.parametrize("path", ONLINE, ids=str)
+def test_two_rounds(models, tmp_path, path, monkeypatch):
+    content = small(path, models, tmp_path)
+    settings = content["online"]
+    if "prompts" in settings:
+        settings["prompts"] = {"source": str(tmp_path / "prompts.txt")}
+        (tmp_path / "prompts.txt").write_text("a photo of a red circle\na photo of a blue square\n")
+    settings |= {"groups": 2, "samples": min(settings["samples"], 3), "updates": min(settings.get("updates", 1), 2)}
+    settings["sampling"] |= {"size": [32, 32], "batch": 4}
+    if "window" not in settings:
+        settings["sampling"]["steps"] = min(settings["sampling"]["steps"], 6)
+    for scorer in settings.get("scorers", []):
+        scorer |= {"label": scorer["name"], "name": "jpeg", "params": {}}
+    content["run"]["steps"] = 2 * settings["updates"]
+    content["optim"]["lr"] *= 1e-3  # a random network of this size would leave the hinge of Diffusion-DRO at once
+    config = loaded(content, tmp_path)
+    if config.data:
+        write_records(tmp_path, config)
+    if settings.get("source") == "human":
+        monkeypatch.setattr(human, "POLL", 0.02)
+        people.answering(tmp_path / "run" / "rounds", 2)
+    online.run(config)
+    check(tmp_path / "run", 2 * settings["updates"])
 
 
 def test_no_family_is_without_a_config(models):

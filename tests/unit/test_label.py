@@ -287,7 +287,7 @@ class TestVerb:
     def answered(self, tmp_path, *lines, counts=(2, 2, 3)):
         source = kit.texts(tmp_path, counts)
         job = made(source)
-        label.claim(tmp_path / "answers.jsonl", label._identity(config(tmp_path), source))
+        label.claim(tmp_path / "answers.jsonl", label.identity(config(tmp_path)))
         with Journal(tmp_path / "answers.jsonl") as journal:
             for given in lines:
                 journal.put(given)
@@ -317,9 +317,9 @@ class TestVerb:
         }
 
     def test_segments_build(self, tmp_path):
-        source = kit.clips(tmp_path, n=2, seconds=2)
+        kit.clips(tmp_path, n=2, seconds=2)
         settings = config(tmp_path, task="segments")
-        label.claim(tmp_path / "answers.jsonl", label._identity(settings, source))
+        label.claim(tmp_path / "answers.jsonl", label.identity(settings))
         with Journal(tmp_path / "answers.jsonl") as journal:
             journal.put(line("ann", "r0#0-1", [1, "tie"]))
         out = label.run(settings.model_copy(update={"merge": str(tmp_path / "labelled.jsonl")}))
@@ -348,8 +348,8 @@ class TestVerb:
 
     def test_a_label_is_not_overwritten(self, tmp_path):
         made_ = [Candidate(text=t, labels={"human": 1.0}) for t in "ab"]
-        source = kit.stored(tmp_path, [Record(id="r", prompt="p", candidates=made_)])
-        label.claim(tmp_path / "answers.jsonl", label._identity(config(tmp_path), source))
+        kit.stored(tmp_path, [Record(id="r", prompt="p", candidates=made_)])
+        label.claim(tmp_path / "answers.jsonl", label.identity(config(tmp_path)))
         with Journal(tmp_path / "answers.jsonl") as journal:
             journal.put(line("ann", "r#0-1", 1))
         with pytest.raises(UserError, match="has the label 'human' already"):

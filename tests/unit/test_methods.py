@@ -64,6 +64,31 @@ def test_a_row_without_changes_is_the_paper():
     assert [term.weight for term in method.terms] == [1.0]
 
 
+def test_an_extra_term_of_the_row_is_changed_not_added_twice():
+    released = {term.objective: term.weight for term in resolve("awm-released").extra}
+    assert released == {"velocity_kl": 0.003, "velocity_kl_average": 1.0}
+    changes = [{"name": "velocity_kl", "weight": 0.001, "weight_kind": "ELBO"}]
+    with pytest.raises(UserError, match="weight_kind"):
+        resolve("awm-released", extra=changes)
+    method = resolve("awm-released", extra=[{"name": "velocity_kl", "weight": 0.001}])
+    assert {term.objective: term.weight for term in method.extra} == {**released, "velocity_kl": 0.001}
+    only = resolve("flow-grpo", extra=[{"name": "gaussian_kl", "exact": True}]).extra
+    assert [(term.weight, term.params) for term in only] == [(0.04, {"exact": True})]
+    assert [term.weight for term in METHODS["awm-released"].extra] == [0.003, 1.0]
+
+
+def test_an_extra_term_keeps_its_own_draw():
+    [imitation] = resolve("condition-po", extra=[{"name": "sft", "weight": 0.1}]).extra
+    [own] = METHODS["condition-po"].extra
+    assert (imitation.weight, imitation.draw, imitation.estimate) == (0.1, own.draw, own.estimate)
+
+
+def test_weight_0_spares_the_forward_of_a_reference():
+    method = resolve("flow-grpo", extra=[{"name": "gaussian_kl", "weight": 0}])
+    assert method.extra == ()
+    assert methods.needs(*method.terms).roles == ("behaviour",)
+
+
 def test_overrides_reach_their_part_and_leave_the_catalogue_alone():
     before = METHODS["diffusion-dpo"]
     method = resolve(
