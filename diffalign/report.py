@@ -66,6 +66,9 @@ class Step(_Input):
     accuracy: float | None = Field(None, alias="reward/accuracy")
     chosen: float | None = Field(None, alias="drift/chosen")
     rejected: float | None = Field(None, alias="drift/rejected")
+    reward: float | None = Field(None, alias="reward/mean")
+    best: float | None = Field(None, alias="reward/best")
+    gap: float | None = None
     grad_norm: float | None = None
     alarms: dict[str, str] = Field(default_factory=dict)
 
@@ -237,6 +240,11 @@ def curves(steps: Sequence[Step]) -> list[Chart]:
     loss = column("loss")
     starts_at_ln2 = bool(loss) and abs(loss[0][1] - math.log(2)) < 0.01
     drawn = [
+        chart(
+            "reward of own samples",
+            {"mean": column("reward"), "best of each prompt": column("best")},
+            "Of the training prompts of every round, from other prompts each time.",
+        ),
         chart("loss", {"loss": loss}, guide=(math.log(2), "ln 2: no preference") if starts_at_ln2 else None),
         chart(
             "implicit accuracy",
@@ -249,6 +257,11 @@ def curves(steps: Sequence[Step]) -> list[Chart]:
             {"winner": column("chosen"), "loser": column("rejected")},
             "Error (of text: negative log-likelihood per token) of the policy minus that of the reference.",
             guide=(0.0, "reference"),
+        ),
+        chart(
+            "distance from the reference",
+            {"distance": column("gap")} if column("reward") else {},
+            "Mean squared difference of the policy's and the reference's predictions.",
         ),
         chart("gradient norm", {"gradient norm": column("grad_norm")}),
     ]
