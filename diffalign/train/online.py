@@ -189,7 +189,7 @@ def _update(job: Job, made: Round, step: int, part: Sequence[Item]) -> dict[str,
         generators = [keyed(core.family.device, *_seed(job), TRAIN, made.index, *item.key) for item in micro]
         result = shared.micro_step(core, batch, generators, alone=len(micros) == 1)
         if step == 0:
-            shared.check_start(result, core.method)
+            shared.check_start(core, result)
         if not job.checked:
             _check_on_policy(job, result)
         rows.append({**result.metrics, **ratios(core.method, result.log_probs)})
