@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,9 @@ from diffalign.credit import Buffered
 from diffalign.methods import needs
 from diffalign.randomness import keyed
 from diffalign.train import credits
+from diffalign.train.experts import Experts, is_replayed
 from diffalign.train.rollout import Rollout
 from diffalign.types import Batch, Method, Path
-
-if TYPE_CHECKING:
-    from diffalign.train.experts import Experts
 
 ITEMS = 5
 """What a key of random numbers is for."""
@@ -122,7 +120,9 @@ def share(
     size = reward.shape[1]
     singles = torch.arange(size)[None, :, None].expand(len(reward), -1, -1)
     whole = torch.arange(size)[None, None].expand(len(reward), -1, -1)
-    samples = credits.pairs(reward, settings.credit.pairs) if needed.k == 2 else whole if needed.listwise else singles
+    samples = whole if needed.listwise else singles
+    if needed.k == 2 and not is_replayed(method):  # there the other of a pair is an expert
+        samples = credits.pairs(reward, settings.credit.pairs)
     where = torch.arange(len(reward))[:, None, None]
     if "advantage" in needed.labels:
         labels["advantage"] = credits.advantages(reward, names, settings.credit, buffered)[where, samples]
