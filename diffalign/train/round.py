@@ -112,10 +112,12 @@ def share(
     reward = credits.total(made.rewards, made.weights, settings.credit.combine)
     alike = credits.alike(reward)
     metrics = {**made.metrics, **summary(reward, alike, made.rollout.x0)}
-    good = ~reward.isnan()
-    if not settings.keep_alike:
-        good &= ~alike[:, None]
     needed = needs(*method.terms)
+    good = ~reward.isnan()
+    # a sample is desirable or not: where all of a prompt are alike and no threshold says which, they are neither
+    undecided = "desirable" in needed.labels and settings.credit.threshold is None
+    if undecided or not settings.keep_alike:
+        good &= ~alike[:, None]
     labels: dict[str, Tensor] = {}
     size = reward.shape[1]
     singles = torch.arange(size)[None, :, None].expand(len(reward), -1, -1)
@@ -129,7 +131,8 @@ def share(
     if "reward" in needed.labels:
         found = reward.nan_to_num(0.0)[where, samples]
         if settings.credit.pareto:
-            found = credit.pareto_preference(made.rewards[where, samples].flatten(0, 1)).unflatten(0, found.shape[:2])
+            counted = made.rewards[..., made.weights != 0] * made.weights[made.weights != 0].sign()
+            found = credit.pareto_preference(counted[where, samples].flatten(0, 1)).unflatten(0, found.shape[:2])
         labels["reward"] = found
     if "desirable" in needed.labels:
         bar = reward.nanmean(1, keepdim=True) if settings.credit.threshold is None else settings.credit.threshold
@@ -153,7 +156,7 @@ def summary(reward: Tensor, alike: Tensor, x0: Tensor) -> dict[str, float]:
     top = alike & (groups >= known.mean())
     return {
         "reward/mean": float(known.mean()),
-        "reward/best": float(reward.nan_to_num(-torch.inf).amax(1).mean()),
+        "reward/best": float(reward.masked_fill(reward.isnan(), -torch.inf).amax(1)[~groups.isnan()].mean()),
         "reward/spread": float((reward - groups[:, None]).square().nanmean().sqrt()),
         "reward/failed": float(reward.isnan().float().mean()),
         "reward/alike_high": float(top.float().mean()),
