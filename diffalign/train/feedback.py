@@ -17,8 +17,9 @@ from torch import Tensor
 
 from diffalign import media
 from diffalign.errors import UserError
-from diffalign.records import Record, media_path, plain_text
+from diffalign.records import Record, media_path, plain_text, read_image
 from diffalign.scoring import Failure, Outcome, Sample, Scorer, score_batch
+from diffalign.types import Request
 
 DEPTH = 2  # batches that may wait for their scores; more would only hold memory
 
@@ -50,10 +51,11 @@ class Scorers:
     """
 
     def __init__(self, family: Any, scorers: Mapping[str, Scorer], root: Path, failures: float) -> None:
+        refuse_together(scorers)
         self.labels = tuple(scorers)
+        self.scorers = dict(scorers)
         self.seconds: dict[str, float] = {"score": 0.0, "wait": 0.0}
         self._family = family
-        self._scorers = dict(scorers)
         self._root = root
         self._failures = failures
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="score")
@@ -76,7 +78,7 @@ class Scorers:
         begun = time.perf_counter()
         with torch.no_grad(), shown(self._family, records, self._family.decode(latents), self._root) as samples:
             names = [f"a sample of {record.prompt!r}" for record in records]
-            columns = [score_batch(label, scorer, samples, names) for label, scorer in self._scorers.items()]
+            columns = [score_batch(label, scorer, samples, names) for label, scorer in self.scorers.items()]
         self.seconds["score"] += time.perf_counter() - begun
         return [list(row) for row in zip(*columns, strict=True)]
 
@@ -90,9 +92,10 @@ class Scorers:
             self._take()
         found, self._found = self._found, []
         lost = [failure for row in found for failure in row if isinstance(failure, Failure)]
-        if len(lost) > self._failures * max(len(found), 20) * len(self.labels):
+        scores = len(found) * len(self.labels)
+        if len(lost) > self._failures * max(scores, 20 * len(self.labels)):
             raise UserError(
-                f"scorers failed on {len(lost)} of {len(found)} samples (`failures: {self._failures}`): {lost[0]}"
+                f"scorers failed on {len(lost)} of {scores} scores (`failures: {self._failures}`): {lost[0]}"
             )
         return torch.tensor([[_number(outcome) for outcome in row] for row in found]).reshape(-1, len(self.labels))
 
@@ -120,6 +123,27 @@ def shown(family: Any, records: Sequence[Record], decoded: Tensor, root: Path) -
             media.write(family.modality, file, sample)
         kind = family.modality
         yield [Sample(p, **{kind: file}, **own) for p, file, own in zip(prompts, files, more, strict=True)]
+
+
+def refuse_together(scorers: Mapping[str, Scorer]) -> None:
+    """Samples are scored as they come.
+
+    Raises:
+        UserError: a scorer compares all samples of a prompt.
+    """
+    for label, scorer in scorers.items():
+        if getattr(scorer, "together", False):
+            raise UserError(f"online: scorer {label!r} compares all samples of a prompt, which come in parts here")
+
+
+def request(record: Record, root: Path, seed: int = 0) -> Request:
+    """What a prompt asks for, its condition picture read.
+
+    Args:
+        root: folder of the prompts' files.
+    """
+    named = record.condition
+    return Request(str(record.prompt), seed, None if named is None else read_image(root, named, keep_alpha=True))
 
 
 def _given(record: Record, root: Path) -> dict[str, Any]:
