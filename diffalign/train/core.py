@@ -140,7 +140,7 @@ def check_start(core: Core, result: StepResult, slack: float = 0.0) -> None:
         UserError: a role runs through another numeric path, which would drown the signal for the whole run.
     """
     lp, method = result.log_probs, core.method
-    for role in lp.by_role.keys() & {"reference", *core.weights.copies}:
+    for role in sorted(lp.by_role.keys() & {"reference", *core.weights.copies}):
         values = lp.by_role[role]
         worst = (values - lp.by_role["policy"].detach()).abs().max().item()
         if worst > slack * values.abs().max().item():

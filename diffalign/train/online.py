@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
 from collections.abc import Sequence
@@ -13,17 +14,17 @@ import torch
 from torch import Tensor
 
 from diffalign import config as cfg
-from diffalign import records as store
 from diffalign.anchors import average_decay, linear_decay
 from diffalign.errors import UserError
 from diffalign.randomness import keyed
 from diffalign.registry import find_objective
 from diffalign.train import core as shared
 from diffalign.train import credits, health
+from diffalign.train.feedback import request
 from diffalign.train.job import Job, prepare
 from diffalign.train.rollout import Group, Rollout, assemble
 from diffalign.train.round import Item, Round, share
-from diffalign.types import Method, Request
+from diffalign.types import Method
 
 ORDER, TRAIN = 3, 4
 """What a key of random numbers is for."""
@@ -67,7 +68,7 @@ def make_round(job: Job, index: int) -> Round:
     mine = _groups(job, index, 0)[core.run.rank :: core.run.world]
     rollout, rewards = _sampled(job, index, mine)
     for attempt in range(1, settings.refill + 1):
-        reward = credits.total(rewards, _weights(job), "sum")
+        reward = credits.total(rewards, _weights(job), settings.credit.combine)
         rows = credits.alike(reward).nonzero()[:, 0].tolist()
         if rows:
             others = _groups(job, index, attempt)
@@ -116,14 +117,7 @@ def _condition(job: Job, groups: Sequence[Group], index: int) -> dict[str, Tenso
     """(G, ...)."""
     if job.experts:
         return {name: value[:, 0] for name, value in job.experts.rows(groups, index).cond.items()}
-    requests = [
-        Request(
-            str(g.record.prompt),
-            0,
-            None if g.record.condition is None else store.read_image(job.root, g.record.condition, keep_alpha=True),
-        )
-        for g in groups
-    ]
+    requests = [request(group.record, job.root) for group in groups]
     return job.core.family.condition(requests, job.settings.sampling.size)
 
 
@@ -141,9 +135,9 @@ def _gathered(core: shared.Core, mine: Tensor) -> Tensor:
 def _train(job: Job) -> None:
     core = job.core
     first = shared.start(core)
-    if job.watch:
-        job.watch.restore(first)
-    _restore_buffer(job, first)
+    if first % job.settings.updates:
+        raise UserError(f"run.resume: step {first} is within a round of online.updates={job.settings.updates}")
+    _recall(job, first)
     if core.run.is_main:
         print(_plan(job))
     while True:
@@ -152,7 +146,7 @@ def _train(job: Job) -> None:
             break
         except health.Diverged as failure:
             first = shared.roll_back(core, failure)
-            _restore_buffer(job, first)
+            _recall(job, first)
     shared.finish(core)
 
 
@@ -220,16 +214,18 @@ def _check_on_policy(job: Job, result: Any) -> None:
 
 
 def ratios(method: Method, lp: Any) -> dict[str, float]:
-    """How far the policy has gone from the one that sampled, and the shares that the clip holds back."""
-    if "behaviour" not in lp.by_role or find_objective(method.main.objective).name == "nft":
+    """How far the policy has gone from the one that sampled, and the shares outside the range of a plain clip."""
+    objective = find_objective(method.main.objective)
+    if "behaviour" not in lp.by_role or objective.name == "nft":
         return {}
     ratio = lp.unit_ratio("behaviour").detach()
-    clip = method.main.params.get("clip_high", 1e-4)
-    return {
-        "ratio/log_abs": float(ratio.abs().mean()),
-        "ratio/above": float((ratio > clip).float().mean()),
-        "ratio/below": float((ratio < -clip).float().mean()),
-    }
+    found = {"ratio/log_abs": float(ratio.abs().mean())}
+    if objective.name == "clipped_policy_gradient":  # others clip another ratio
+        defaults = {name: parameter.default for name, parameter in inspect.signature(objective.fn).parameters.items()}
+        low, high = ({**defaults, **method.main.params}[name] for name in ("clip_low", "clip_high"))
+        found["ratio/above"] = float((ratio.exp() > 1 + high).float().mean())
+        found["ratio/below"] = float((ratio.exp() < 1 - low).float().mean())
+    return found
 
 
 def _end_round(job: Job, index: int) -> None:
@@ -251,9 +247,12 @@ def _state(job: Job) -> dict[str, Any]:
     return {"buffer": {str(name): list(kept) for name, kept in job.buffered.history.items()}}
 
 
-def _restore_buffer(job: Job, first: int) -> None:
+def _recall(job: Job, first: int) -> None:
+    """Remember what was known at update ``first``, and nothing later."""
     if job.buffered is not None:
-        job.buffered.restore(job.core.run.extra(first).get("buffer", {}))
+        job.buffered.restore(job.core.run.extra.get("buffer", {}))
+    if job.watch:
+        job.watch.restore(first)
 
 
 def _rehearse(job: Job) -> None:
