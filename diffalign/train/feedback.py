@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,14 +136,20 @@ def refuse_together(scorers: Mapping[str, Scorer]) -> None:
             raise UserError(f"online: scorer {label!r} compares all samples of a prompt, which come in parts here")
 
 
-def request(record: Record, root: Path, seed: int = 0) -> Request:
-    """What a prompt asks for, its condition picture read.
+def requests(family: Any, records: Sequence[Record], root: Path, seeds: Iterable[int]) -> list[Request]:
+    """What prompts ask for, their condition pictures read.
+
+    Each is encoded alone, and kept by the family: the last bits of an encoding depend on what is encoded beside it,
+    which is something else in a run that continues, or on several processes.
 
     Args:
         root: folder of the prompts' files.
     """
-    named = record.condition
-    return Request(str(record.prompt), seed, None if named is None else read_image(root, named, keep_alpha=True))
+    for record in records:
+        family.encode_prompt([str(record.prompt)])
+    names = [record.condition for record in records]
+    pictures = [None if name is None else read_image(root, name, keep_alpha=True) for name in names]
+    return [Request(str(r.prompt), seed, picture) for r, seed, picture in zip(records, seeds, pictures, strict=True)]
 
 
 def _given(record: Record, root: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from diffalign.randomness import keyed
 from diffalign.registry import find_objective
 from diffalign.train import core as shared
 from diffalign.train import credits, health
-from diffalign.train.feedback import request
+from diffalign.train.feedback import requests
 from diffalign.train.job import Job, prepare
 from diffalign.train.rollout import Group, Rollout, assemble
 from diffalign.train.round import Item, Round, share
@@ -117,8 +117,9 @@ def _condition(job: Job, groups: Sequence[Group], index: int) -> dict[str, Tenso
     """(G, ...)."""
     if job.experts:
         return {name: value[:, 0] for name, value in job.experts.rows(groups, index).cond.items()}
-    requests = [request(group.record, job.root) for group in groups]
-    return job.core.family.condition(requests, job.settings.sampling.size)
+    family = job.core.family
+    asked = requests(family, [group.record for group in groups], job.root, [0] * len(groups))
+    return family.condition(asked, job.settings.sampling.size)
 
 
 def _gathered(core: shared.Core, mine: Tensor) -> Tensor:

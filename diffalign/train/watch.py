@@ -22,7 +22,7 @@ from diffalign.prompts import read_prompts
 from diffalign.scoring import Score, Scorer, score_batch
 from diffalign.sharding import whole
 from diffalign.train.core import Core, ends_with
-from diffalign.train.feedback import refuse_together, request, shown
+from diffalign.train.feedback import refuse_together, requests, shown
 from diffalign.train.run import checkpoints
 
 FILE = "held_out.jsonl"
@@ -129,8 +129,9 @@ class Watch:
         found: dict[str, dict[str, dict[str, list[float]]]] = {}
         with core.weights.use(ends_with(core)), torch.no_grad():
             for group in chunks(self._prompts, self._sampling.batch):
-                requests = [request(r, self._root, candidate_seed(self._seed, r.id, 0)) for r in group]
-                media = sample_media(family, requests, make_sampling(self._sampling))  # type: ignore[arg-type]
+                seeds = (candidate_seed(self._seed, record.id, 0) for record in group)
+                asked = requests(family, group, self._root, seeds)
+                media = sample_media(family, asked, make_sampling(self._sampling))  # type: ignore[arg-type]
                 with shown(family, group, media, self._root) as samples:
                     names = [record.id for record in group]
                     columns = {
