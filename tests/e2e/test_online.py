@@ -2,14 +2,18 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffalign.families.base import load_family
 from diffalign.generate import sample_media
+from diffalign.scoring import Score
 from diffalign.types import Request, Sampling
 
 GROUPS, SAMPLES, STEPS, ROUNDS = 2, 4, 4, 2
@@ -157,7 +161,6 @@ def test_full_weights(cli, online, tmp_path, tiny_sd3):
     outcome = cli("train", path)
     assert outcome.code == 0, outcome.err
     import diffusers
-    from safetensors.torch import load_file
 
     made = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "run/transformer")
     state = load_file(tmp_path / "run/checkpoint-000002/weights.safetensors")
@@ -165,6 +168,46 @@ def test_full_weights(cli, online, tmp_path, tiny_sd3):
     assert torch.equal(made.state_dict()[name], state[f"evaluation.{name}"]), "what is exported is the average"
     assert not torch.equal(state[f"evaluation.{name}"], state[name])
     assert not torch.equal(state[f"average.{name}"], state[f"evaluation.{name}"])
+
+
+class Counting:
+    """The n-th call gives every sample n times a slope: rewards that rise or fall, whatever the samples are."""
+
+    accepts = frozenset({"image"})
+
+    def __init__(self, slope: float) -> None:
+        self.slope, self.calls = slope, 0
+
+    def __call__(self, samples) -> list[Score]:
+        self.calls += 1
+        return [Score(self.slope * self.calls + 0.01 * n) for n in range(len(samples))]
+
+
+def test_stops_and_writes_the_best(cli, online, tmp_path, monkeypatch):
+    """The held-out reward falls from the start: what is written is the start, a LoRA of nothing."""
+    module: Any = ModuleType("counting_scorers")
+    module.build = Counting
+    monkeypatch.setitem(sys.modules, "counting_scorers", module)
+    scorer = {"name": "counting_scorers:build", "label": "up", "params": {"slope": 1.0}}
+    other = {"name": "counting_scorers:build", "label": "down", "params": {"slope": -1.0}}
+    stop = {"prompts": {"source": "shapes:heldout", "limit": 4}, "scorers": [other], "every": 2}
+    changes = {"online": {"scorers": [scorer], "stop": stop}, "run": {"steps": 6, "save_every": 1}}
+    outcome = cli("train", online("awm", changes))
+    assert outcome.code == 0, outcome.err
+    assert "stop: held-out rewards were best after 0 updates" in outcome.out
+    run = tmp_path / "run"
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert {row["evaluations"] for row in rows} == {ROLLOUT + MADE * 4 * (TRAINED + FORWARD)}, "looking is not counted"
+    written = load_file(run / "lora/pytorch_lora_weights.safetensors")
+    ups = [value for name, value in written.items() if "lora_B" in name or "lora.up" in name]
+    assert ups
+    assert not any(value.any() for value in ups)
+    trained = load_file(run / "checkpoint-000002/weights.safetensors")
+    assert any(value.any() for name, value in trained.items() if "lora_B" in name)
+    lines = [json.loads(line) for line in (run / "held_out.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2]
+    assert all(line["outcomes"].keys() == {"up", "down", "trained"} for line in lines)
 
 
 def test_a_rehearsal_writes_nothing(cli, online, tmp_path):
