@@ -38,7 +38,7 @@ class CreditConfig(Strict):
 
 
 class StopConfig(Strict):
-    """Stop when held-out rewards fall while the trained one rises; what is exported is the best so far."""
+    """Stop when held-out rewards fall while the trained one rises, and export the best so far; else the last."""
 
     prompts: PromptsConfig
     scorers: list[ScorerConfig] = Field(min_length=1, description="rewards that are not trained on")
@@ -57,7 +57,9 @@ class OnlineConfig(Strict):
     window: int | None = Field(
         default=None, gt=0, description="keep so many steps of the path from a random place; the others are noiseless"
     )
-    window_range: tuple[int, int] | None = Field(default=None, description="steps that a window lies in")
+    window_range: tuple[int, int] | None = Field(
+        default=None, description="steps that a window lies in; default: those the method learns from"
+    )
     tau: float = Field(default=0.0, ge=0, description="sa_solver: how stochastic between times 0.3 and 0.9; AWM: 0.4")
     shared_noise: bool = Field(default=False, description="the samples of a prompt start from one noise")
     source: Literal["scorers", "human"] = Field(

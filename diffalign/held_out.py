@@ -14,8 +14,8 @@ from diffalign.comparison import Outcomes
 from diffalign.generate import candidate_seed, chunks, sample_media
 from diffalign.records import Record
 from diffalign.scoring import Score, Scorer, score_batch
-from diffalign.train.feedback import shown
-from diffalign.types import Request, Sampling
+from diffalign.train.feedback import requests, shown
+from diffalign.types import Sampling
 
 
 class Judged(NamedTuple):
@@ -46,8 +46,8 @@ def judge(
     made = []
     with torch.no_grad():
         for group in chunks(prompts, batch):
-            requests = [Request(str(record.prompt), candidate_seed(seed, record.id, 0)) for record in group]
-            made.append(sample_media(family, requests, sampling).cpu())
+            asked = requests(family, group, root, (candidate_seed(seed, record.id, 0) for record in group))
+            made.append(sample_media(family, asked, sampling).cpu())
             with shown(family, group, made[-1], root) as samples:
                 for label, scorer in scorers.items():
                     outcomes = score_batch(label, scorer, samples, [record.id for record in group])

@@ -128,8 +128,10 @@ def check_family(method: Method, family: str) -> None:
         raise UserError(f"model.family: {family} is a {mine} model; {method.name} is for {modality(method)} models")
 
 
-def check_start(result: StepResult, method: Method, slack: float = 0.0) -> None:
+def check_start(core: Core, result: StepResult, slack: float = 0.0) -> None:
     """At step 0 policy and reference are one network: log-probs must agree to the bit, and the loss is known.
+
+    What sampled is compared only where it runs again: predictions that were stored come from another batch.
 
     Args:
         slack: relative difference allowed to log-probs that were computed before, in another batch.
@@ -137,10 +139,9 @@ def check_start(result: StepResult, method: Method, slack: float = 0.0) -> None:
     Raises:
         UserError: a role runs through another numeric path, which would drown the signal for the whole run.
     """
-    lp = result.log_probs
-    for role, values in (
-        (role, lp.by_role[role]) for role in ("reference", "average", "behaviour") if role in lp.by_role
-    ):
+    lp, method = result.log_probs, core.method
+    for role in sorted(lp.by_role.keys() & {"reference", *core.weights.copies}):
+        values = lp.by_role[role]
         worst = (values - lp.by_role["policy"].detach()).abs().max().item()
         if worst > slack * values.abs().max().item():
             raise UserError(f"step 0: role {role!r} differs from the policy by {worst:.2e} in log-prob, expected 0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from diffalign import media
 from diffalign.errors import UserError
-from diffalign.records import Record, media_path, plain_text
+from diffalign.records import Record, media_path, plain_text, read_image
 from diffalign.scoring import Failure, Outcome, Sample, Scorer, score_batch
+from diffalign.types import Request
 
 DEPTH = 2  # batches that may wait for their scores; more would only hold memory
 
@@ -54,10 +55,11 @@ class Scorers:
     """
 
     def __init__(self, family: Any, scorers: Mapping[str, Scorer], root: Path, failures: float) -> None:
+        refuse_together(scorers)
         self.labels = tuple(scorers)
+        self.scorers = dict(scorers)
         self.seconds: dict[str, float] = {"score": 0.0, "wait": 0.0}
         self._family = family
-        self._scorers = dict(scorers)
         self._root = root
         self._failures = failures
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="score")
@@ -83,7 +85,7 @@ class Scorers:
         begun = time.perf_counter()
         with torch.no_grad(), shown(self._family, records, self._family.decode(latents), self._root) as samples:
             names = [f"a sample of {record.prompt!r}" for record in records]
-            columns = [score_batch(label, scorer, samples, names) for label, scorer in self._scorers.items()]
+            columns = [score_batch(label, scorer, samples, names) for label, scorer in self.scorers.items()]
         self.seconds["score"] += time.perf_counter() - begun
         return [list(row) for row in zip(*columns, strict=True)]
 
@@ -97,9 +99,10 @@ class Scorers:
             self._take()
         found, self._found = self._found, []
         lost = [failure for row in found for failure in row if isinstance(failure, Failure)]
-        if len(lost) > self._failures * max(len(found), 20) * len(self.labels):
+        scores = len(found) * len(self.labels)
+        if len(lost) > self._failures * max(scores, 20 * len(self.labels)):
             raise UserError(
-                f"scorers failed on {len(lost)} of {len(found)} samples (`failures: {self._failures}`): {lost[0]}"
+                f"scorers failed on {len(lost)} of {scores} scores (`failures: {self._failures}`): {lost[0]}"
             )
         return torch.tensor([[_number(outcome) for outcome in row] for row in found]).reshape(-1, len(self.labels))
 
@@ -127,6 +130,33 @@ def shown(family: Any, records: Sequence[Record], decoded: Tensor, root: Path) -
             media.write(family.modality, file, sample)
         kind = family.modality
         yield [Sample(p, **{kind: file}, **own) for p, file, own in zip(prompts, files, more, strict=True)]
+
+
+def refuse_together(scorers: Mapping[str, Scorer]) -> None:
+    """Samples are scored as they come.
+
+    Raises:
+        UserError: a scorer compares all samples of a prompt.
+    """
+    for label, scorer in scorers.items():
+        if getattr(scorer, "together", False):
+            raise UserError(f"online: scorer {label!r} compares all samples of a prompt, which come in parts here")
+
+
+def requests(family: Any, records: Sequence[Record], root: Path, seeds: Iterable[int]) -> list[Request]:
+    """What prompts ask for, their condition pictures read.
+
+    Each is encoded alone, and kept by the family: the last bits of an encoding depend on what is encoded beside it,
+    which is something else in a run that continues, or on several processes.
+
+    Args:
+        root: folder of the prompts' files.
+    """
+    for record in records:
+        family.encode_prompt([str(record.prompt)])
+    names = [record.condition for record in records]
+    pictures = [None if name is None else read_image(root, name, keep_alpha=True) for name in names]
+    return [Request(str(r.prompt), seed, picture) for r, seed, picture in zip(records, seeds, pictures, strict=True)]
 
 
 def _given(record: Record, root: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from diffalign import config as cfg
 from diffalign import score
 from diffalign.credit import Buffered
 from diffalign.errors import UserError
-from diffalign.estimate import transition
+from diffalign.estimate import step_of, transition
 from diffalign.families.base import family_class
 from diffalign.methods import needs, reads_paths, resolve, unwrapped
 from diffalign.prompts import read_prompts
 from diffalign.records import Record
+from diffalign.samplers import find_sampler
 from diffalign.train import core as shared
 from diffalign.train import human
 from diffalign.train.experts import Experts, is_replayed
@@ -63,6 +65,10 @@ def prepare(config: cfg.TrainConfig) -> Job:
     find_checkpoint(Path(config.run.dir), config.run.resume)
     method = resolve(**config.method.model_dump())
     _check(config, settings, method)
+    _check_samples(settings, method)
+    window = window_range(settings, method)
+    if settings.window is not None:  # all of it is trained on
+        method = replace(method, main=replace(method.main, draw=partial(method.main.draw, fraction=1.0)))  # type: ignore[arg-type]
     shared.check_family(method, config.model.family)
     shared.check_model(config)
     roles, anchors = _roles(method, settings)
@@ -74,16 +80,18 @@ def prepare(config: cfg.TrainConfig) -> Job:
     experts = Experts.load(config, core) if config.data is not None else None
     found = experts.prompts if experts else read_prompts(settings.prompts, config.run.seed)  # type: ignore[arg-type]
     root = Path(config.data.records if config.data else settings.prompts.source).parent  # type: ignore[union-attr]
+    feedback = _feedback(core, settings, root)
+    trained = feedback.scorers if isinstance(feedback, Scorers) else {}
     return Job(
         core,
         settings,
         anchors,
         found,
         root,
-        _roller(core, settings),
-        _feedback(core, settings, root),
+        _roller(core, settings, window),
+        feedback,
         experts,
-        Watch(core, settings.stop, settings) if settings.stop else None,
+        Watch(core, settings.stop, settings, trained) if settings.stop else None,
         Buffered(settings.credit.buffer, settings.credit.min_count) if settings.credit.buffer else None,
     )
 
@@ -104,8 +112,10 @@ def _check(config: cfg.TrainConfig, settings: cfg.OnlineConfig, method: Method) 
         raise UserError(f"online.source: {method.name} compares samples with experts alone; remove it")
     if settings.source == "human":
         human.check(config, settings, family_class(config.model.family).modality)
-    if replayed and settings.samples != 1:
-        raise UserError(f"online.samples: {method.name} makes one sample per expert")
+    if settings.stop is not None and replayed:
+        raise UserError("online.stop: compares rewards that scorers give in training with others; remove it")
+    if settings.source == "scorers" and (unknown := sorted(settings.reward.keys() - score.by_label(settings.scorers))):
+        raise UserError(f"online.reward: {unknown[0]!r} is the label of none of the scorers")
     if run.accumulate != 1:
         raise UserError("run.accumulate: online, a round is cut by online.updates; run.batch is the micro-step")
     if run.steps % settings.updates:
@@ -114,12 +124,51 @@ def _check(config: cfg.TrainConfig, settings: cfg.OnlineConfig, method: Method) 
         raise UserError(f"online.updates: {settings.updates} do not share {settings.passes} passes evenly")
     if run.shard:
         raise UserError("run.shard: the online loop trains on whole networks")
-    guidance = _keywords(method).get("guidance", 1.0)
+    guidance = _keywords(method.main.estimate).get("guidance", 1.0)
     if reads_paths(method) and not replayed and guidance != settings.sampling.guidance:
         raise UserError(
             f"online.sampling.guidance {settings.sampling.guidance:g} is what samples, method.estimate.guidance "
             f"{guidance:g} what trains: ratios would not be 1; set both alike"
         )
+    if settings.tau and settings.sampling.sampler != "sa_solver":
+        raise UserError("online.tau: is for the sampler sa_solver")
+
+
+def _check_samples(settings: cfg.OnlineConfig, method: Method) -> None:
+    """Refuse groups that are too small to teach."""
+    needed, credit = needs(*method.terms), settings.credit
+    if is_replayed(method):
+        if settings.samples != 1:
+            raise UserError(f"online.samples: {method.name} makes one sample per expert")
+        return
+    alone = credit.buffer is not None if "advantage" in needed.labels else credit.threshold is not None
+    least = 3 if needed.listwise else 2 if needed.k == 2 or not alone else 1
+    if settings.samples < least:
+        raise UserError(
+            f"online.samples: {method.name} compares samples of a prompt, at least {least} with this credit"
+        )
+    if credit.pareto and needed.k != 2:
+        raise UserError(f"online.credit.pareto: is for methods that compare two samples; {method.name} does not")
+
+
+def window_range(settings: cfg.OnlineConfig, method: Method) -> tuple[int, int]:
+    """The steps that a window lies in: by default those of the trajectory that the method's draw is from.
+
+    Raises:
+        UserError: the method keeps no path, or the window does not fit.
+    """
+    steps, window = settings.sampling.steps, settings.window
+    usable = int(steps * _keywords(method.main.draw).get("fraction", 1.0))
+    low, high = settings.window_range or (0, usable)
+    if window is None:
+        if settings.window_range is not None:
+            raise UserError("online.window_range: is where online.window lies; set that too")
+        return low, high
+    if not reads_paths(method) or is_replayed(method):
+        raise UserError(f"online.window: {method.name} keeps no path")
+    if not 0 <= low <= high - window <= steps - window:
+        raise UserError(f"online.window: {window} of {steps} steps do not fit into {low} to {high}")
+    return low, high
 
 
 def _check_ranks(settings: cfg.OnlineConfig, method: Method, world: int) -> None:
@@ -142,11 +191,11 @@ def items_per_group(method: Method, settings: cfg.OnlineConfig) -> int:
     return 1 if needed.listwise else settings.samples
 
 
-def _keywords(method: Method) -> dict[str, Any]:
-    """What is set of the main term's estimate."""
-    found, part = {}, method.main.estimate
+def _keywords(part: Any) -> dict[str, Any]:
+    """What is set of a draw or an estimate."""
+    found = {}
     while hasattr(part, "keywords"):
-        found, part = {**part.keywords, **found}, part.func  # type: ignore[union-attr]
+        found, part = {**part.keywords, **found}, part.func
     return found
 
 
@@ -162,25 +211,23 @@ def _roles(method: Method, settings: cfg.OnlineConfig) -> tuple[list[Role], dict
     return roles, anchors
 
 
-def _roller(core: shared.Core, settings: cfg.OnlineConfig) -> Roller:
+def _roller(core: shared.Core, settings: cfg.OnlineConfig, window: tuple[int, int]) -> Roller:
     method, run = core.method, core.config.run
-    found = _keywords(method)
+    found = _keywords(method.main.estimate)
+    step = found.get("kind", "flow_sde"), found.get("noise_level")
     keep = "predictions" if is_replayed(method) else "transitions" if reads_paths(method) else "nothing"
-    if settings.window is not None and keep != "transitions":
-        raise UserError(f"online.window: {method.name} keeps no path")
-    low, high = settings.window_range or (0, settings.sampling.steps)
-    if settings.window is not None and not 0 <= low <= high - settings.window <= settings.sampling.steps:
-        raise UserError(f"online.window: {settings.window} steps do not fit into {low} to {high}")
-    if settings.tau and settings.sampling.sampler != "sa_solver":
-        raise UserError("online.tau: is for the sampler sa_solver")
+    if keep == "transitions":
+        step_of(core.family.schedule, *step)  # refuses what does not fit
+    else:
+        find_sampler(settings.sampling.sampler, core.family.schedule)
     return Roller(
         core.family,
         settings.sampling,
         settings.samples,
         keep,  # type: ignore[arg-type]
-        (found.get("kind", "flow_sde"), found.get("noise_level")),
+        step,
         settings.window,
-        (low, high),
+        window,
         settings.shared_noise,
         settings.tau,
         (run.seed,),
@@ -193,12 +240,6 @@ def _feedback(core: shared.Core, settings: cfg.OnlineConfig, root: Path) -> Feed
             raise UserError(f"online.source: people answer one process, and this run has {core.run.world}")
         return human.Human(core.family, core.run.folder / "rounds", root, settings.samples)
     scorers = score.load_scorers(score.by_label(settings.scorers))
-    unknown = sorted(settings.reward.keys() - scorers.keys())
-    if unknown:
-        raise UserError(f"online.reward: {unknown[0]!r} is the label of none of the scorers")
     if not scorers:
         return None
-    together = [label for label, scorer in scorers.items() if getattr(scorer, "together", False)]
-    if together:
-        raise UserError(f"online.scorers: {together[0]} compares all samples of a prompt, which no round has at once")
     return Scorers(core.family, scorers, root, settings.failures)

@@ -139,7 +139,7 @@ def _step(job: Job, step: int, micros: Sequence[Sequence[Visit]]) -> dict[str, f
         batch, generators = _batch(job, chosen)
         result = micro_step(core, batch, generators, alone=len(micros) == 1)
         if step == 0:
-            check_start(result, core.method, REMEMBERED if batch.known else 0.0)
+            check_start(core, result, REMEMBERED if batch.known else 0.0)
         if job.bank is not None and not batch.known:
             job.bank.put(chosen, -result.log_probs.by_role["reference"] / result.log_probs.scale)
         rows.append(result.metrics)

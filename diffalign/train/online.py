@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
 from collections.abc import Sequence
@@ -13,18 +14,18 @@ import torch
 from torch import Tensor
 
 from diffalign import config as cfg
-from diffalign import records as store
 from diffalign.anchors import average_decay, linear_decay
 from diffalign.errors import UserError
 from diffalign.randomness import keyed
 from diffalign.registry import find_objective
 from diffalign.train import core as shared
 from diffalign.train import credits, health
+from diffalign.train.feedback import requests
 from diffalign.train.human import Nobody
 from diffalign.train.job import Job, prepare
 from diffalign.train.rollout import Group, Rollout, assemble
 from diffalign.train.round import Item, Round, share
-from diffalign.types import Method, Request
+from diffalign.types import Method
 
 ORDER, TRAIN = 3, 4
 """What a key of random numbers is for."""
@@ -80,7 +81,7 @@ def make_round(job: Job, index: int) -> Round:
     mine = _groups(job, index, 0)[core.run.rank :: core.run.world]
     rollout, rewards = _sampled(job, index, mine)
     for attempt in range(1, settings.refill + 1):
-        reward = credits.total(rewards, _weights(job), "sum")
+        reward = credits.total(rewards, _weights(job), settings.credit.combine)
         rows = credits.alike(reward).nonzero()[:, 0].tolist()
         if rows:
             others = _groups(job, index, attempt)
@@ -129,15 +130,9 @@ def _condition(job: Job, groups: Sequence[Group], index: int) -> dict[str, Tenso
     """(G, ...)."""
     if job.experts:
         return {name: value[:, 0] for name, value in job.experts.rows(groups, index).cond.items()}
-    requests = [
-        Request(
-            str(g.record.prompt),
-            0,
-            None if g.record.condition is None else store.read_image(job.root, g.record.condition, keep_alpha=True),
-        )
-        for g in groups
-    ]
-    return job.core.family.condition(requests, job.settings.sampling.size)
+    family = job.core.family
+    asked = requests(family, [group.record for group in groups], job.root, [0] * len(groups))
+    return family.condition(asked, job.settings.sampling.size)
 
 
 def _gathered(core: shared.Core, mine: Tensor) -> Tensor:
@@ -154,7 +149,9 @@ def _gathered(core: shared.Core, mine: Tensor) -> Tensor:
 def _train(job: Job) -> None:
     core = job.core
     first = shared.start(core)
-    _restore(job, first)
+    if first % job.settings.updates:
+        raise UserError(f"run.resume: step {first} is within a round of online.updates={job.settings.updates}")
+    _recall(job, first)
     if core.run.is_main:
         print(_plan(job))
     while True:
@@ -163,7 +160,7 @@ def _train(job: Job) -> None:
             break
         except health.Diverged as failure:
             first = shared.roll_back(core, failure)
-            _restore(job, first)
+            _recall(job, first)
     shared.finish(core)
 
 
@@ -200,7 +197,7 @@ def _update(job: Job, made: Round, step: int, part: Sequence[Item]) -> dict[str,
         generators = [keyed(core.family.device, *_seed(job), TRAIN, made.index, *item.key) for item in micro]
         result = shared.micro_step(core, batch, generators, alone=len(micros) == 1)
         if step == 0:
-            shared.check_start(result, core.method)
+            shared.check_start(core, result)
         if not job.checked:
             _check_on_policy(job, result)
         rows.append({**result.metrics, **ratios(core.method, result.log_probs)})
@@ -231,16 +228,18 @@ def _check_on_policy(job: Job, result: Any) -> None:
 
 
 def ratios(method: Method, lp: Any) -> dict[str, float]:
-    """How far the policy has gone from the one that sampled, and the shares that the clip holds back."""
-    if "behaviour" not in lp.by_role or find_objective(method.main.objective).name == "nft":
+    """How far the policy has gone from the one that sampled, and the shares outside the range of a plain clip."""
+    objective = find_objective(method.main.objective)
+    if "behaviour" not in lp.by_role or objective.name == "nft":
         return {}
     ratio = lp.unit_ratio("behaviour").detach()
-    clip = method.main.params.get("clip_high", 1e-4)
-    return {
-        "ratio/log_abs": float(ratio.abs().mean()),
-        "ratio/above": float((ratio > clip).float().mean()),
-        "ratio/below": float((ratio < -clip).float().mean()),
-    }
+    found = {"ratio/log_abs": float(ratio.abs().mean())}
+    if objective.name == "clipped_policy_gradient":  # others clip another ratio
+        defaults = {name: parameter.default for name, parameter in inspect.signature(objective.fn).parameters.items()}
+        low, high = ({**defaults, **method.main.params}[name] for name in ("clip_low", "clip_high"))
+        found["ratio/above"] = float((ratio.exp() > 1 + high).float().mean())
+        found["ratio/below"] = float((ratio.exp() < 1 - low).float().mean())
+    return found
 
 
 def _end_round(job: Job, index: int) -> None:
@@ -262,12 +261,12 @@ def _state(job: Job) -> dict[str, Any]:
     return {"buffer": {str(name): list(kept) for name, kept in job.buffered.history.items()}}
 
 
-def _restore(job: Job, first: int) -> None:
-    """What the loop itself remembers, as it was at update ``first``."""
+def _recall(job: Job, first: int) -> None:
+    """Remember what was known at update ``first``, and nothing later."""
+    if job.buffered is not None:
+        job.buffered.restore(job.core.run.extra.get("buffer", {}))
     if job.watch:
         job.watch.restore(first)
-    if job.buffered is not None:
-        job.buffered.restore(job.core.run.extra(first).get("buffer", {}))
 
 
 def _rehearse(job: Job) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,9 @@ from diffalign.credit import Buffered
 from diffalign.methods import needs
 from diffalign.randomness import keyed
 from diffalign.train import credits
+from diffalign.train.experts import Experts, is_replayed
 from diffalign.train.rollout import Rollout
 from diffalign.types import Batch, Method, Path
-
-if TYPE_CHECKING:
-    from diffalign.train.experts import Experts
 
 ITEMS = 5
 """What a key of random numbers is for."""
@@ -114,28 +112,27 @@ def share(
     reward = credits.total(made.rewards, made.weights, settings.credit.combine)
     alike = credits.alike(reward)
     metrics = {**made.metrics, **summary(reward, alike, made.rollout.x0)}
-    good = ~reward.isnan()
-    if not settings.keep_alike:
-        good &= ~alike[:, None]
     needed = needs(*method.terms)
+    good = ~reward.isnan()
+    # a sample is desirable or not: where all of a prompt are alike and no threshold says which, they are neither
+    undecided = "desirable" in needed.labels and settings.credit.threshold is None
+    if undecided or not settings.keep_alike:
+        good &= ~alike[:, None]
     labels: dict[str, Tensor] = {}
     size = reward.shape[1]
     singles = torch.arange(size)[None, :, None].expand(len(reward), -1, -1)
     whole = torch.arange(size)[None, None].expand(len(reward), -1, -1)
-    samples = (
-        credits.pairs(reward, settings.credit.pairs)
-        if needed.k == 2 and size > 1
-        else whole
-        if needed.listwise
-        else singles
-    )
+    samples = whole if needed.listwise else singles
+    if needed.k == 2 and not is_replayed(method):  # there the other of a pair is an expert
+        samples = credits.pairs(reward, settings.credit.pairs)
     where = torch.arange(len(reward))[:, None, None]
     if "advantage" in needed.labels:
         labels["advantage"] = credits.advantages(reward, names, settings.credit, buffered)[where, samples]
     if "reward" in needed.labels:
         found = reward.nan_to_num(0.0)[where, samples]
         if settings.credit.pareto:
-            found = credit.pareto_preference(made.rewards[where, samples].flatten(0, 1)).unflatten(0, found.shape[:2])
+            counted = made.rewards[..., made.weights != 0] * made.weights[made.weights != 0].sign()
+            found = credit.pareto_preference(counted[where, samples].flatten(0, 1)).unflatten(0, found.shape[:2])
         labels["reward"] = found
     if "desirable" in needed.labels:
         bar = reward.nanmean(1, keepdim=True) if settings.credit.threshold is None else settings.credit.threshold
@@ -159,7 +156,7 @@ def summary(reward: Tensor, alike: Tensor, x0: Tensor) -> dict[str, float]:
     top = alike & (groups >= known.mean())
     return {
         "reward/mean": float(known.mean()),
-        "reward/best": float(reward.nan_to_num(-torch.inf).amax(1).mean()),
+        "reward/best": float(reward.masked_fill(reward.isnan(), -torch.inf).amax(1)[~groups.isnan()].mean()),
         "reward/spread": float((reward - groups[:, None]).square().nanmean().sqrt()),
         "reward/failed": float(reward.isnan().float().mean()),
         "reward/alike_high": float(top.float().mean()),

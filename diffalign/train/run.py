@@ -105,6 +105,8 @@ class Run:
         self.keep = keep
         self.rollbacks = 0
         """How often this run went back to a checkpoint; each time halves the learning rate."""
+        self.extra: dict[str, Any] = {}
+        """What the checkpoint that was loaded last held beside the weights."""
         self.started = time.perf_counter()
         self._cpu = time.process_time()
         self._writer: Any = None
@@ -240,7 +242,7 @@ class Run:
         """Write ``checkpoint-<step>`` whole or not at all, and drop the oldest beyond ``keep``.
 
         Args:
-            extra: plain values that :meth:`extra` gives back.
+            extra: plain values that :attr:`extra` holds once the checkpoint is loaded.
         """
         self.check_ranks(step, weights)
         tensors = {name: whole(value).contiguous() for name, value in weights.state_dict().items()}
@@ -283,16 +285,12 @@ class Run:
             _restore_optimizer(optimizer, scheduler, state)
             torch.set_rng_state(state["rng"])
             self.soften(int(state.get("rollbacks", 0)), optimizer, scheduler)
+            self.extra = dict(state.get("extra", {}))
         except UserError as error:
             raise UserError(f"{checkpoint}: {error}") from None
         except Exception as error:
             raise UserError(f"{checkpoint}: its state does not fit this run: {error}; resume from another") from None
         return state["step"]
-
-    def extra(self, step: int) -> dict[str, Any]:
-        """What was saved beside the weights at a step; nothing if there is no checkpoint of it."""
-        found = checkpoints(self.folder).get(step)
-        return dict(_load_state(found / "state.pt").get("extra", {})) if found else {}
 
     def soften(self, rollbacks: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         """Set how often the run has gone back, and the learning rate accordingly."""

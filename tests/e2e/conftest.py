@@ -66,6 +66,18 @@ def tiny_sd3(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory) -> Path:
+    """A random Stable Diffusion 1 in a diffusers folder, written by stock classes. Read only."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("tiny") / "sd"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tiny_parts.sd_pipeline().save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> Path:
     """A records file ``pairs.jsonl`` of 16 pairs with rewards and its media, in a folder. Read only."""
     import numpy as np
@@ -136,6 +148,37 @@ def config(tmp_path, tiny_sd3, own_pairs) -> Callable[..., Path]:
     def write(verb: str, changes: dict[str, Any] | None = None) -> Path:
         path = tmp_path / f"{verb}.yaml"
         path.write_text(yaml.safe_dump(_merge(valid[verb], changes or {})))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def online(tmp_path, tiny_sd3, tiny_sd) -> Callable[..., Path]:
+    """``online("awm", {"run": {"steps": 4}})`` writes a small config that trains on own samples, with changes on top.
+
+    Two rounds of one update on 2 prompts x 4 samples of 4 steps. What trains on DDIM steps is Stable Diffusion 1,
+    everything else SD3.
+    """
+    names = {"ddpo": ("sd", tiny_sd), "d3po": ("sd", tiny_sd)}
+
+    def write(method: str, changes: dict[str, Any] | None = None) -> Path:
+        family, folder = names.get(method, ("sd3", tiny_sd3))
+        valid = {
+            "model": {"family": family, "path": str(folder), "device": "cpu", "lora": {"rank": 2}},
+            "online": {
+                "prompts": {"source": "shapes:train", "limit": 6},
+                "groups": 2,
+                "samples": 4,
+                "sampling": {"steps": 4, "batch": 8},
+                "scorers": [{"name": "picture", "label": "contrast", "params": {"metric": "contrast"}}],
+            },
+            "method": {"name": method},
+            "optim": {"name": "adamw", "lr": 1e-3},
+            "run": {"dir": str(tmp_path / "run"), "steps": 2, "batch": 4},
+        }
+        path = tmp_path / "online.yaml"
+        path.write_text(yaml.safe_dump(_merge(valid, changes or {})))
         return path
 
     return write

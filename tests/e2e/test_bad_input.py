@@ -352,7 +352,7 @@ def state_with(**changes):
         (state_with(optimizer={"state": {}, "param_groups": []}), ["parameter groups"]),
         (state_with(scheduler={}), ["last_epoch"]),
         (state_with(rng=torch.zeros(3)), ["RNG state"]),
-        (lambda checkpoint: save_file(lora(), checkpoint / "weights.safetensors"), ["other trainable parameters"]),
+        (lambda checkpoint: save_file(lora(), checkpoint / "weights.safetensors"), ["other trained parameters"]),
     ],
 )
 def test_broken_checkpoints(refused, finished, spoil, names):
@@ -366,8 +366,8 @@ def test_broken_checkpoints(refused, finished, spoil, names):
     [
         ("run.seed=1", ["run.seed=0", "this run has 1"]),
         ("optim.name=sgd", ["optim.name=AdamW", "SGD"]),
-        ("model.lora=null", ["other trainable parameters"]),
-        ("run.ema=0.9", ["other trainable parameters"]),
+        ("model.lora=null", ["other trained parameters"]),
+        ("run.ema=0.9", ["other trained parameters"]),
         ("run.steps=1", ["step 2", "run.steps=1"]),
     ],
 )

@@ -4,11 +4,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from diffalign import draws
 from diffalign.errors import UserError
@@ -19,7 +17,6 @@ from diffalign.schedule import Discrete
 from diffalign.transitions import FLOW_STEPS, ddim
 from diffalign.types import Batch, Draw, Path
 from diffalign.weights import Weights, add_lora
-from diffalign.worlds.shapes.pretrain import TOKENS, _tokenizer
 
 from . import tiny_parts
 
@@ -29,26 +26,8 @@ STEPS, GUIDANCE = 4, 3.5
 
 
 def sd() -> Any:
-    """SD 1 in float64, written by no loader: 4x8x8 latents, noise prediction on a discrete schedule."""
-    tokenizer = _tokenizer()
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(4, 8),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=2,
-        attention_head_dim=2,
-        cross_attention_dim=8,
-    )
-    encoder = tiny_parts.clip(CLIPTextModel, tokenizer, max_position_embeddings=TOKENS, initializer_factor=8.0)
-    levels: Any = {"beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False}
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=tiny_parts.vae(), unet=unet, text_encoder=encoder, tokenizer=tokenizer,
-        scheduler=diffusers.DDIMScheduler(**levels),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    return family_class("sd")(pipe.to(F64), "tiny", torch.device("cpu"))
+    """The tiny SD 1 in float64, written by no loader."""
+    return family_class("sd")(tiny_parts.sd_pipeline().to(F64), "tiny", torch.device("cpu"))
 
 
 def sd3(folder) -> Any:

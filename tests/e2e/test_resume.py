@@ -87,7 +87,7 @@ root = Path(sys.argv[1])
 
 def parts():
     torch.manual_seed(0)
-    weights = Weights(torch.nn.Linear(3, 3), lora=False, ema=0.9)
+    weights = Weights(torch.nn.Linear(3, 3), lora=False, copies=("average",))
     optimizer = torch.optim.AdamW(weights.trainable())
     return weights, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
@@ -110,12 +110,12 @@ def crash_at(count, folder):
     child = os.fork()
     if child == 0:
         sys.addaudithook(hook)
-        mine[0].save(step, *mine[1])
+        mine[0].save(step, *mine[1], {})
         os._exit(0)
     return os.waitpid(child, 0)[1]
 
 for first in (3, 6, 9):
-    run(root / "base").save(first, *parts())
+    run(root / "base").save(first, *parts(), {})
 for step in (9, 12):  # a checkpoint that is there already, and a new one
     seen, count = set(), 0
     while True:
@@ -124,7 +124,7 @@ for step in (9, 12):  # a checkpoint that is there already, and a new one
         status = crash_at(count, folder)
         assert status in (0, signal.SIGKILL), status
         seen.add(latest(folder))
-        run(folder).save(step, *parts())
+        run(folder).save(step, *parts(), {})
         assert latest(folder) == step
         left = sorted(path.name for path in folder.iterdir())
         assert left == [f"checkpoint-{kept:06d}" for kept in ((6, 9) if step == 9 else (9, 12))] + ["config.yaml"], left

@@ -35,3 +35,30 @@ def clip(kind: Any, tokenizer: Any, **changes: Any) -> Any:
         **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
     return kind(CLIPTextConfig(**{**settings, **changes}))
+
+
+def sd_pipeline() -> Any:
+    """Stable Diffusion 1: 32x32 images, 4x8x8 latents, noise prediction on a discrete schedule."""
+    import diffusers
+    from transformers import CLIPTextModel
+
+    from diffalign.worlds.shapes.pretrain import TOKENS, _tokenizer
+
+    tokenizer = _tokenizer()
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(4, 8),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=2,
+        cross_attention_dim=8,
+    )
+    encoder = clip(CLIPTextModel, tokenizer, max_position_embeddings=TOKENS, initializer_factor=8.0)
+    levels: Any = {"beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False}
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(), unet=unet, text_encoder=encoder, tokenizer=tokenizer,
+        scheduler=diffusers.DDIMScheduler(**levels),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
