@@ -175,12 +175,13 @@ def micro_step(core: Core, batch: Batch, generators: Sequence[torch.Generator], 
     return result
 
 
-def apply(core: Core, step: int, rows: Sequence[dict[str, float]]) -> dict[str, float]:
+def apply(core: Core, step: int, rows: Sequence[dict[str, float]], *, teaches: bool = True) -> dict[str, float]:
     """End a step: check it, then change the weights.
 
     Args:
         step: counted from 0.
         rows: metrics of its micro-steps.
+        teaches: whether its data prefer anything.
 
     Returns:
         Its metrics; ``evaluations`` are a diffusion network's evaluations since the last step, of all processes.
@@ -192,7 +193,7 @@ def apply(core: Core, step: int, rows: Sequence[dict[str, float]]) -> dict[str, 
     if core.tally is not None:
         taken = torch.tensor(float(core.tally.take()), device=core.run.device)
         metrics["evaluations"] = float(core.run.sum_over_ranks(taken))
-    health.check(step + 1, metrics)
+    health.check(step + 1, metrics, teaches)
     core.update.apply()
     return metrics
 

@@ -25,8 +25,11 @@ class Diverged(UserError):
         self.step = step
 
 
-def check(step: int, metrics: Mapping[str, float]) -> None:
+def check(step: int, metrics: Mapping[str, float], teaches: bool = True) -> None:
     """Stop a run whose step ``step``, counted from 1, cannot be applied.
+
+    Args:
+        teaches: whether its data prefer anything; if not, a step that moves nothing is right.
 
     Raises:
         Diverged: a loss or gradient that is not finite.
@@ -34,7 +37,7 @@ def check(step: int, metrics: Mapping[str, float]) -> None:
     """
     if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
         raise Diverged(step, f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; lower optim.lr")
-    if step <= 2 and metrics["grad_live"] == 0.0:
+    if step <= 2 and teaches and metrics["grad_live"] == 0.0:
         raise UserError(
             f"step {step}: no trainable parameter received a gradient; check model.lora.targets and the rewards"
         )

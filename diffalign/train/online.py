@@ -201,7 +201,7 @@ def _update(job: Job, made: Round, step: int, part: Sequence[Item]) -> dict[str,
         if not job.checked:
             _check_on_policy(job, result)
         rows.append({**result.metrics, **ratios(core.method, result.log_probs)})
-    metrics = shared.apply(core, step, rows)
+    metrics = shared.apply(core, step, rows, teaches=made.teaches)
     if core.config.run.ema:
         core.weights.refresh("evaluation", average_decay(step, core.config.run.ema))
     first = step % job.settings.updates == 0

@@ -51,6 +51,8 @@ class Round:
     present: Tensor = field(default_factory=lambda: torch.empty(0))
     """(G, I, K) 0 for samples without a reward."""
     metrics: dict[str, float] = field(default_factory=dict)
+    teaches: bool = True
+    """False where the samples of every prompt, of all processes, are alike in reward."""
 
     def parts(self, settings: cfg.OnlineConfig, seed: tuple[int, ...]) -> Iterator[list[Item]]:
         """The items of every update of the round, of this process.
@@ -144,6 +146,7 @@ def share(
         labels={name: value[mine] for name, value in labels.items()},
         present=good.float()[where, samples][mine],
         metrics=metrics,
+        teaches=is_replayed(method) or not bool(alike.all()),
     )
 
 

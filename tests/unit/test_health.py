@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from diffalign.errors import UserError
 from diffalign.train import health
 from diffalign.train.health import ENOUGH, WINDOW, Diverged, Health
 
@@ -58,3 +59,11 @@ def test_what_is_not_finite_stops_the_run(name, value):
         health.check(7, {**GOOD, name: value})
     assert caught.value.step == 7
     health.check(7, GOOD)
+
+
+def test_what_teaches_nothing_may_move_nothing():
+    still = {**GOOD, "grad_live": 0.0}
+    with pytest.raises(UserError, match=r"step 2: no trainable parameter received a gradient"):
+        health.check(2, still)
+    health.check(2, still, teaches=False)
+    health.check(3, still)  # by then it has moved

@@ -237,6 +237,14 @@ class TestRound:
         assert [one | other for one, other in zip(*halves, strict=True)] == whole
         assert all(len(part) == 4 for part in whole)
 
+    def test_one_prompt_whose_samples_differ_teaches(self):
+        alike = torch.ones(4, S, 1)
+        differing = alike.clone()
+        differing[2, 0] = 0.0
+        assert not shared("awm", alike).teaches
+        assert shared("awm", differing, mine=slice(1, None, 2)).teaches  # another process's prompt: all agree
+        assert shared("diffusion-dro", alike).teaches  # by its experts
+
     def test_a_batch_holds_what_its_items_say(self):
         rewards = torch.tensor([[[1.0], [3.0], [NAN]], [[5.0], [4.0], [6.0]]])
         made = shared("diffusion-dpo", rewards)
