@@ -239,8 +239,10 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     """Every key of a config, sections flattened; ``[]`` and ``<name>`` stand for the entries of lists and mappings."""
     for name, field in model.model_fields.items():
         annotation, path = field.annotation, prefix + name
-        if not _is_section(annotation):
-            yield Key(path, _kind(annotation), _default(field), field.description or "")
+        if field.description or not _is_section(annotation):
+            own = _is_section(annotation) and not field.is_required()  # then its keys say their defaults
+            default = "" if own else _default(field)
+            yield Key(path, _kind(annotation), default, field.description or "")
         inner: Any = next((a for a in (annotation, *get_args(annotation)) if _is_section(a)), None)
         if inner is not None:
             entries = {list: "[]", dict: ".<name>"}.get(get_origin(annotation), "")  # type: ignore[arg-type]

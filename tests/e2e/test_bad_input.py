@@ -41,7 +41,7 @@ def cut(path: Path) -> None:
     ("verb", "override", "names"),
     [
         ("train", "run.stepz=3", ["train.yaml", "'run.stepz'", "did you mean 'steps'"]),
-        ("train", "extra=3", ["train.yaml", "'extra'", "valid: data, method, model, optim, run"]),
+        ("train", "extra=3", ["train.yaml", "'extra'", "valid: data, method, model, online, optim, run"]),
         ("train", "model.lora.rnk=3", ["'model.lora.rnk'", "'rank'"]),
         ("generate", "sampling.step=3", ["generate.yaml", "'sampling.step'", "'steps'"]),
         ("train", "run.steps=many", ["train.yaml", "run.steps", "integer", "'many'"]),

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -44,8 +45,22 @@ def doubled(fatal: str = "", marker: str = ""):
 GROUPS = [[Record(id=f"{g}-{i}", prompt=f"{g}{i}") for i in range(3)] for g in range(12)]
 
 
-def test_results_are_in_order_and_from_two_workers():
-    found = list(stream(doubled, GROUPS, "ray", 2))
+def met(folder: str):
+    """As :func:`doubled`, by a worker that does not begin before another one is there."""
+    work = doubled()
+
+    def once(group):
+        (Path(folder) / str(os.getpid())).touch()
+        deadline = time.monotonic() + 60
+        while len(list(Path(folder).iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return work(group)
+
+    return once
+
+
+def test_results_are_in_order_and_from_two_workers(tmp_path):
+    found = list(stream(partial(met, str(tmp_path)), GROUPS, "ray", 2))
     assert [[r.id for r in group] for group in found] == [[r.id for r in group] for group in GROUPS]
     assert [r.prompt for r in found[3]] == ["3030", "3131", "3232"]
     assert len({r.meta["pid"] for group in found for r in group} - {os.getpid()}) == 2

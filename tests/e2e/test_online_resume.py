@@ -49,7 +49,7 @@ def merged(*changes: dict[str, Any]) -> dict[str, Any]:
 def metrics(run: Path) -> list[dict[str, float]]:
     """What was logged, without what a clock says."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in row if not key.startswith("seconds") and key != "memory"} for row in rows]
+    return [{key: row[key] for key in row if not key.startswith(("seconds", "cpu", "memory"))} for row in rows]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

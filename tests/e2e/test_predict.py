@@ -169,7 +169,6 @@ def test_fused_attention_keeps_no_probabilities():
         (config("sd3", "some-organisation/no-such-model"), "neither a folder nor in the Hub's cache"),
         (config("sd3", "embedded:puzzles"), "model_index.json"),
         (config("sd3", "embedded:shapes", model={"lora": {"targets": ["nothing"]}}), "lora.targets"),
-        (config("sd3", "embedded:shapes", method="ddpo"), "samples"),
     ],
 )
 def test_what_cannot_be_predicted_is_one_line(made, reason, pairs):
@@ -179,6 +178,12 @@ def test_what_cannot_be_predicted_is_one_line(made, reason, pairs):
     assert text.startswith("not predicted: ")
     assert reason in text
     assert "\n" not in text
+
+
+def test_a_run_on_own_samples_is_not_predicted(cli, online):
+    outcome = cli("doctor", online("awm"))
+    assert outcome.code == 0, outcome.err
+    assert "not predicted: awm samples while it trains" in outcome.out
 
 
 def test_the_doctor_prints_it(cli, config):

@@ -144,7 +144,8 @@ def test_a_full_queue_asks_to_come_back(tmp_path):
     with Server(tmp_path, max_queued=4, max_items=4, max_batch=1) as running:
         first = threading.Thread(target=ask, args=(running, "slow", [text(f"a{n}", "x") for n in range(4)]))
         first.start()
-        time.sleep(0.06)
+        while not running.scored():
+            time.sleep(0.005)
         response = ask(running, "slow", [text(f"b{n}", "x") for n in range(4)])
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) > 0
