@@ -197,7 +197,7 @@ def _found(config: cfg.ArenaConfig) -> tuple[list[Entry], list[Cell], list[str]]
         plans = [_plan(config, name, seed, 0.0) for seed in config.seeds]
         done = [plan for plan in plans if plan.result.is_file()]
         if not done:
-            waiting.append(name)
+            waiting += [name] if not config.only or name in config.only else []
             continue
         tried = [
             Trial(learning_rate=plan.lr, score=_score(plan)) for plan in _trials(config, name) if plan.result.is_file()
