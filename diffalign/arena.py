@@ -17,7 +17,7 @@ from diffalign import arena_cell as cell
 from diffalign import arena_page
 from diffalign import config as cfg
 from diffalign.arena_cell import Plan
-from diffalign.arena_results import BASE, Contrast, Entry, Label, Target, Trial, headline, write
+from diffalign.arena_results import BASE, ArenaResults, Contrast, Entry, Label, Target, Trial, headline, write
 from diffalign.arena_scores import Cell, Snapshot
 from diffalign.arena_summary import summarise
 from diffalign.comparison import means
@@ -52,8 +52,9 @@ def run(config: cfg.ArenaConfig, dry_run: bool = False) -> Path:
         rates = {name: _chosen(plans) for name, plans in trials.items()}
         for seed in config.seeds:
             workers.run(f"seed {seed}", [_plan(config, name, seed, rates[name]) for name in chosen])
-            page = report(config, base)
-    return page
+            results = report(config, base)
+    print("\n".join(headline(results)))
+    return Path(config.out) / arena_page.PAGE
 
 
 def _check(name: str, entry: cfg.ArenaEntry) -> None:
@@ -148,8 +149,8 @@ def _base(config: cfg.ArenaConfig) -> Snapshot:
     return cell.read(path)[0][0]
 
 
-def report(config: cfg.ArenaConfig, base: Snapshot) -> Path:
-    """Put together what has run; returns the page."""
+def report(config: cfg.ArenaConfig, base: Snapshot) -> ArenaResults:
+    """Put together what has run, as JSON and as a page."""
     how = config.evaluate
     main = how.judge.label or how.judge.name
     labels = {main: Label(title=f"held-out {main}", about="no guidance, as in training")}
@@ -186,8 +187,8 @@ def report(config: cfg.ArenaConfig, base: Snapshot) -> Path:
     )
     out = Path(config.out)
     write(out / RESULTS, results)
-    print("\n".join(headline(results)))
-    return arena_page.write(out / RESULTS)
+    arena_page.write(out / RESULTS)
+    return results
 
 
 def _found(config: cfg.ArenaConfig) -> tuple[list[Entry], list[Cell], list[str]]:
