@@ -1,6 +1,7 @@
 """Rollouts of online training against the stock pipeline and against the bare network; and what a round of AWM takes.
 
-    python benchmarks/rollout.py             # the embedded model, one thread: a few minutes
+    python benchmarks/rollout.py             # the embedded model: a few minutes
+    python benchmarks/rollout.py --threads 1 --batch 64
     python benchmarks/rollout.py --check     # the same without a section in RESULTS.md
 
 Every repetition samples other prompts with each way in turn, and ratios are taken within a repetition:
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -43,7 +43,7 @@ from diffalign.train.run import Run
 from diffalign.types import Request
 from diffalign.worlds import load_prompts
 
-TITLE = "Rollouts"
+TITLE = "Rollouts, threads: {}"
 TARGETS = {"diffusers": 1.5, "bare": 0.9}
 """Least images per second of a rollout that keeps nothing, in those of another way."""
 ROLES = 2
@@ -251,12 +251,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--samples", type=int, default=8, help="per prompt")
     parser.add_argument("--steps", type=int, default=14)
-    parser.add_argument("--batch", type=int, default=64, help="samples per forward of our rollout")
+    parser.add_argument("--batch", type=int, default=192, help="samples per forward of our rollout")
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--times", type=int, default=6, help="training times of AWM")
     parser.add_argument("--micro", type=int, default=16, help="samples per micro-step of AWM")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--check", action="store_true", help="write no section")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -268,7 +268,7 @@ def main() -> None:
     if any(int(row["evaluations"]) != accounted(args) for row in rows):
         sys.exit("the evaluations of a round are not those of the published accounting")
     if not args.check:
-        write_section(TITLE, report(sampling, rounds, args))
+        write_section(TITLE.format(args.threads), report(sampling, rounds, args))
 
 
 if __name__ == "__main__":
