@@ -10,24 +10,10 @@ from __future__ import annotations
 def linear_decay(updates: int, rate: float = 0.001, cap: float = 0.3, start: int = 0) -> float:
     """``min(cap, rate * (updates - start))``, 0 (a copy) until ``start``.
 
-    The defaults are AWM's anchor (arXiv:2509.25050, release). DiffusionNFT's old policy (arXiv:2509.16117, release)
-    is one of :data:`OLD_POLICY`.
+    The defaults are AWM's anchor (arXiv:2509.25050, release). DiffusionNFT's old policy (arXiv:2509.16117, release) has
+    rate and cap 0.001 and 0.5 for GenEval and human-preference rewards, 0.0075 and 0.999 from update 75 on for OCR.
     """
     return min(cap, rate * max(updates - start, 0))
-
-
-OLD_POLICY: dict[int, dict[str, float]] = {
-    0: {"rate": 0.0, "cap": 0.0, "start": 0},
-    1: {"rate": 0.001, "cap": 0.5, "start": 0},
-    2: {"rate": 0.0075, "cap": 0.999, "start": 75},
-}
-"""DiffusionNFT's decay types: 0 copies, 1 for GenEval and human-preference rewards, 2 for OCR."""
-
-
-def old_policy_decay(updates: int, kind: int = 1) -> float:
-    """DiffusionNFT's decay of the behaviour policy after so many updates."""
-    row = OLD_POLICY[kind]
-    return linear_decay(updates, row["rate"], row["cap"], int(row["start"]))
 
 
 def average_decay(updates: int, limit: float = 0.9) -> float:
@@ -38,6 +24,6 @@ def average_decay(updates: int, limit: float = 0.9) -> float:
     return min(limit, (1 + updates) / (10 + updates))
 
 
-def is_due(updates: int, interval: int = 8) -> bool:
+def is_due(updates: int, interval: int) -> bool:
     """Whether the average for evaluation moves after update ``updates`` (counted from 0); every 8th in Flow-GRPO."""
     return (updates + 1) % interval == 0

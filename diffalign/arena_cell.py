@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,8 +86,9 @@ def _snapshots(plan: Plan) -> list[Snapshot]:
     (online.run if settings.online else offline.run)(settings)
     lines = [json.loads(line) for line in (plan.folder / "train/metrics.jsonl").read_text().splitlines()]
     found = []
+    wanted = {round(share * stages) * (steps // stages) for share in plan.moments}
     for step, lora in snapshots(plan.folder / "train").items():
-        if not any(math.isclose(step / steps, share, abs_tol=1e-6) for share in plan.moments):
+        if step not in wanted:
             continue
         done = [line for line in lines if line["step"] <= step]
         used = cost + round(sum(line["evaluations"] for line in done))

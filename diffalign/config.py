@@ -123,8 +123,10 @@ class RunConfig(Strict):
     """The run directory and the length of training."""
 
     dir: str
-    steps: int = Field(gt=0)
-    batch: int = Field(default=1, gt=0, description="records per micro-step and process")
+    steps: int = Field(gt=0, description="optimiser updates in all; online: rounds times online.updates")
+    batch: int = Field(
+        default=1, gt=0, description="per micro-step and process: records; online samples, pairs or rankings"
+    )
     accumulate: int = Field(default=1, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
@@ -138,6 +140,7 @@ class RunConfig(Strict):
         lt=1,
         description="decay of a moving average; it is what gets exported (online it warms up)",
     )
+    ema_every: int = Field(default=1, gt=0, description="steps between two moves of the average")
     rollback: int = Field(
         default=0,
         ge=0,

@@ -27,10 +27,13 @@ class CreditConfig(Strict):
     )
     ddof: int = Field(default=0, ge=0, le=1, description="1: sample standard deviation (DanceGRPO)")
     eps: float = Field(default=1e-4, gt=0)
-    buffer: int | None = Field(default=None, gt=0, description="DDPO: standardise by the last so many of a prompt")
+    buffer: int | None = Field(
+        default=None, gt=0, description="DDPO: by the last so many of a prompt, by the round's until min_count"
+    )
     min_count: int = Field(default=16, gt=0, description="buffer: rewards of a prompt before its own statistics count")
     combine: Literal["sum", "normalised"] = Field(
-        default="sum", description="several rewards: weighted sum, or each standardised in its group first (GDPO)"
+        default="sum",
+        description="several rewards: weighted sum, or each standardised in its group first (GDPO: spread all, ddof 1)",
     )
     pairs: Literal["best_worst", "all"] = Field(default="best_worst", description="methods that compare two samples")
     pareto: bool = Field(default=False, description="a pair prefers what is better in one reward and worse in none")

@@ -1,7 +1,8 @@
-"""From rewards to advantages and preferences. Pure; what is a group is the caller's to say, across all processes.
+"""From rewards to what objectives read: advantages, pairs, preferences. Pure; rewards are those of all processes.
 
-A group is all samples of one prompt in one round. ``groups`` names each sample's group (prompt text or id); the order
-of samples means nothing. Standard deviations use ``n - ddof``; a group of one has standard deviation 0.
+A group is all samples of one prompt in one round: G groups of S samples, NaN where a sample has no reward. Where
+groups may differ in size, ``groups`` names each sample's group instead. Standard deviations use ``n - ddof``; a group
+of one has standard deviation 0.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Literal
 
 import torch
@@ -16,7 +18,11 @@ from torch import Tensor
 
 Spread = Literal["group", "all", "none"]
 Mode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
-Order = Literal["sum_then_normalize", "normalize_then_sum"]
+Combine = Literal["sum", "normalised"]
+Pairs = Literal["best_worst", "all"]
+
+ALIKE = 1e-6
+"""Share of the largest reward up to which rewards are equal."""
 
 
 def _indices(groups: Sequence[Hashable]) -> tuple[list[int], int]:
@@ -103,38 +109,56 @@ class Buffered:
         return out
 
 
-def best_and_worst(rewards: Tensor, groups: Sequence[Hashable], *, break_ties: bool = False) -> Tensor:
-    """(N,) +1 for the best of each group, -1 for its worst (the first of equals), 0 for the others.
+def advantages(
+    reward: Tensor,
+    *,
+    spread: Spread = "group",
+    ddof: int = 0,
+    eps: float = 1e-4,
+    prompts: Sequence[Hashable] = (),
+    buffered: Buffered | None = None,
+) -> Tensor:
+    """(G, S) advantages of a round; 0 where there is no reward.
 
     Args:
-        rewards: (N,).
-        groups: N names.
-        break_ties: the release gives +1 to the second and -1 to the first of a constant group; the default leaves a
-            constant group at 0, since nothing was preferred.
+        reward: (G, S), NaN where there is none.
+        spread, ddof, eps: see :func:`standardised`.
+        prompts: G names, for ``buffered``: groups of one prompt share its history, and nothing otherwise.
+        buffered: standardises by a prompt's history instead.
     """
-    where, count = _indices(groups)
-    out = torch.zeros_like(rewards)
-    for position in range(count):
-        rows = [row for row, index in enumerate(where) if index == position]
-        values = rewards[rows]
-        if values.max() > values.min():
-            out[rows[int(values.argmax())]], out[rows[int(values.argmin())]] = 1, -1
-        elif break_ties and len(rows) > 1:
-            out[rows[1]], out[rows[0]] = 1, -1
-    return out
+    valid = ~reward.isnan().flatten()
+    out, flat = torch.zeros_like(reward).flatten(), reward.flatten()[valid]
+    rows = torch.arange(len(reward), device=reward.device).repeat_interleave(reward.shape[1])[valid].tolist()
+    if buffered is None:
+        out[valid] = standardised(flat, rows, spread=spread, ddof=ddof, eps=eps)
+    else:
+        out[valid] = buffered.update([prompts[row] for row in rows], flat)
+    return out.unflatten(0, reward.shape)
 
 
-def informative(rewards: Tensor, groups: Sequence[Hashable], tolerance: float = 1e-6) -> Tensor:
-    """(N,) False for the samples of groups whose rewards are all equal, up to ``tolerance`` of the largest reward.
+def alike(reward: Tensor) -> Tensor:
+    """(G,) groups whose samples (G, S) have one reward up to rounding, or less than two with any: nothing to learn.
 
-    The release compares advantages with exactly 0, which lets a group of equal rewards such as 0.1 survive when its
-    mean is off in the last digit.
+    The release of Flow-GRPO compares advantages with exactly 0, which lets a group of equal rewards such as 0.1 through
+    when its mean is off in the last digit.
     """
-    where, count = _indices(groups)
-    index = torch.tensor(where, device=rewards.device)
-    high = rewards.new_full((count,), -torch.inf).scatter_reduce(0, index, rewards, "amax")
-    low = rewards.new_full((count,), torch.inf).scatter_reduce(0, index, rewards, "amin")
-    return (high - low > tolerance * rewards.abs().amax())[index]
+    low, high = reward.nan_to_num(torch.inf).amin(1), reward.nan_to_num(-torch.inf).amax(1)
+    few = (~reward.isnan()).sum(1) < 2
+    return (high - low <= ALIKE * reward.nan_to_num(0.0).abs().amax()) | few
+
+
+def pairs(reward: Tensor, how: Pairs) -> Tensor:
+    """(G, P, 2) indices of samples: all pairs, or the best and the worst of a group, the first of equals.
+
+    A group of equal rewards prefers nothing, whichever two samples stand for it; here the second and the first, as in
+    the release of Flow-GRPO's online DPO.
+    """
+    size = reward.shape[1]
+    if how == "all":
+        return torch.tensor(list(combinations(range(size), 2))).expand(len(reward), -1, 2)
+    best = reward.nan_to_num(-torch.inf).argmax(1)
+    worst = reward.nan_to_num(torch.inf).argmin(1)
+    return torch.stack([torch.where(best == worst, (worst + 1) % size, best), worst], 1)[:, None]
 
 
 def mode(advantages: Tensor, kind: Mode) -> Tensor:
@@ -160,36 +184,25 @@ def optimality_probability(advantages: Tensor, *, clip_max: float = 5.0, kind: M
     return (clipped / (2 * clip_max) + 0.5).clamp(0, 1)
 
 
-def combined(rewards: Tensor, weights: Tensor, groups: Sequence[Hashable], *, order: Order) -> Tensor:
-    """(N,) one reward from several: a weighted sum of raw rewards, or of rewards standardised within their group."""
-    if order == "normalize_then_sum":
-        rewards = standardised(rewards, groups, ddof=1)
-    return rewards @ weights.to(rewards)
-
-
-def combined_advantages(
-    rewards: Tensor,
-    weights: Tensor,
-    groups: Sequence[Hashable],
-    *,
-    order: Order = "sum_then_normalize",
-    spread: Spread = "group",
-) -> Tensor:
-    """Advantages from several rewards (multi-objective GRPO, arXiv:2503.21819; orders of operation as in TRL).
+def total(rewards: Tensor, weights: Tensor, how: Combine) -> Tensor:
+    """(G, S) one reward from several; NaN where any of them is.
 
     Args:
-        rewards: (N, M).
+        rewards: (G, S, M).
         weights: (M,).
-        groups: N names.
-        order: ``sum_then_normalize`` standardises the weighted sum within the group; ``normalize_then_sum``
-            standardises every reward within the group first and the sum over the batch after, so that no reward
-            dominates by its scale. The latter always divides, whatever ``spread``.
-        spread: what the weighted sum is divided by.
+        how: ``sum`` of raw rewards, or of rewards each standardised within its group first, so that none dominates by
+            its scale: ``normalised`` with advantages of ``spread="all", ddof=1`` is GDPO's order (multi-objective GRPO,
+            arXiv:2503.21819; orders of operation as in TRL).
     """
-    total = combined(rewards, weights, groups, order=order)
-    if order == "normalize_then_sum":
-        return standardised(total, [0] * len(total), ddof=1)
-    return standardised(total, groups, spread=spread, ddof=1)
+    weights = weights.to(rewards)
+    if how == "sum":
+        return (rewards * weights).sum(-1)
+    flat = rewards.flatten(0, 1)
+    valid = ~flat.sum(-1).isnan()
+    rows = torch.arange(len(rewards), device=rewards.device).repeat_interleave(rewards.shape[1])[valid].tolist()
+    out = rewards.new_full((len(flat),), torch.nan)
+    out[valid] = standardised(flat[valid], rows, ddof=1) @ weights
+    return out.unflatten(0, rewards.shape[:2])
 
 
 def pareto_preference(rewards: Tensor) -> Tensor:

@@ -110,9 +110,10 @@ class Rectified:
         gives it even ones; so do we.
         """
         last = 1 / steps if self.even else float(self.shifted(torch.tensor(1.0 / self.scale)))
-        times = self.shifted(torch.linspace(1.0, last, steps)).clamp_max(1.0)  # rounding may end above 1
+        times = self.shifted(torch.linspace(1.0, last, steps))
         if self.terminal is not None and steps > 1:  # the only time of one step is 1
             times = 1 - (1 - times) * (1 - self.terminal) / (1 - times[-1])
+        times[0] = 1.0  # not beside it by rounding: a stochastic step from there is another one
         return torch.cat([times, torch.zeros(1)])
 
 

@@ -185,7 +185,7 @@ def nft(lp: LogProbs, labels: Labels, *, adv_clip_max: float = 5.0, adv_mode: Mo
     P and N are the clean-estimate errors of the branches ``v+ = b v + (1 - b) v_old`` and ``v- = (1 + b) v_old - b v``,
     each divided by its own mean absolute error without gradient. At v = v_old the gradient is ``A grad P``: advantage
     weighted matching with a self-normalised error. The behaviour policy is an average of the policy
-    (``anchors.old_policy_decay``). Without the negative branch training collapses.
+    (``anchors.linear_decay``). Without the negative branch training collapses.
 
     Args:
         lp: log-probs of policy and behaviour, their gap, ``t``, the branch strength ``mix`` (b) and the branches' mean

@@ -98,6 +98,16 @@ def clipped_policy_gradient(
     return reduced(lp, value, reduction, max_length)
 
 
+def _mean_by_step(values: Tensor, real: Tensor, std: Tensor) -> Tensor:
+    """(B, K, U): means over the real transitions of one standard deviation, which are those of one step."""
+    levels, step = std.flatten().unique(return_inverse=True)
+    total, count = (
+        values.new_zeros(len(levels)).index_add(0, step, x.flatten().to(values))
+        for x in (torch.where(real, values, 0.0), real)
+    )
+    return (total / count.clamp_min(1))[step].view_as(values)
+
+
 @objective(
     k=None,
     paper="arXiv:2510.22319, loss equation; release yifan123/flow_grpo train_sd3_GRPO_Guard.py",
@@ -129,14 +139,15 @@ def guarded_policy_gradient(
         clip_high: half-width above 1.
         adv_clip_max: bound of the advantage.
         bias: the paper's mean over the elements of each sample. ``batch`` is the release: its mean runs over an empty
-            tuple of dimensions, which averages over the whole micro-batch.
+            tuple of dimensions, which averages over the whole micro-batch, there all samples at one step; here over
+            the transitions of one ``std``.
         divide_by_dt: divide by the step length, which rebalances the steps.
     """
     gap, std, dt = (lp.counted(x) for x in (lp.gap["behaviour"], lp.extra["std"], lp.extra["dt"]))
     real = (lp.mask > 0) & (lp.exists > 0)[..., None]
     std, dt = torch.where(real, std, 1.0), torch.where(real, dt, 1.0)
     if bias == "batch":
-        gap = torch.where(real, gap, 0.0).sum() / real.sum().clamp_min(1)
+        gap = _mean_by_step(gap, real, std)
     corrected = (lp.unit_ratio("behaviour") + gap / (2 * std.square())) * std
     value = clipped_surrogate(corrected, advantage(lp, labels, adv_clip_max), clip_low, clip_high)
     return per_candidate(lp, value / dt if divide_by_dt else value)

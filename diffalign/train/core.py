@@ -181,7 +181,7 @@ def apply(core: Core, step: int, rows: Sequence[dict[str, float]], *, teaches: b
     Args:
         step: counted from 0.
         rows: metrics of its micro-steps.
-        teaches: whether its data prefer anything.
+        teaches: whether its data prefer anything, on this process.
 
     Returns:
         Its metrics; ``evaluations`` are a diffusion network's evaluations since the last step, of all processes.
@@ -193,7 +193,8 @@ def apply(core: Core, step: int, rows: Sequence[dict[str, float]], *, teaches: b
     if core.tally is not None:
         taken = torch.tensor(float(core.tally.take()), device=core.run.device)
         metrics["evaluations"] = float(core.run.sum_over_ranks(taken))
-    health.check(step + 1, metrics, teaches)
+    any_teaches = bool(core.run.sum_over_ranks(torch.tensor(float(teaches), device=core.run.device)))
+    health.check(step + 1, metrics, any_teaches)
     core.update.apply()
     return metrics
 

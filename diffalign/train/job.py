@@ -130,6 +130,8 @@ def _check(config: cfg.TrainConfig, settings: cfg.OnlineConfig, method: Method) 
             f"online.sampling.guidance {settings.sampling.guidance:g} is what samples, method.estimate.guidance "
             f"{guidance:g} what trains: ratios would not be 1; set both alike"
         )
+    if replayed and settings.refill:
+        raise UserError(f"online.refill: {method.name} learns from experts, not from rewards; remove it")
     if settings.tau and settings.sampling.sampler != "sa_solver":
         raise UserError("online.tau: is for the sampler sa_solver")
 
@@ -147,8 +149,42 @@ def _check_samples(settings: cfg.OnlineConfig, method: Method) -> None:
         raise UserError(
             f"online.samples: {method.name} compares samples of a prompt, at least {least} with this credit"
         )
-    if credit.pareto and needed.k != 2:
-        raise UserError(f"online.credit.pareto: is for methods that compare two samples; {method.name} does not")
+    _check_credit(settings, method)
+
+
+READ_BY = {
+    "spread": "advantage",
+    "ddof": "advantage",
+    "eps": "advantage",
+    "buffer": "advantage",
+    "min_count": "advantage",
+    "threshold": "desirable",
+}
+"""Settings of credit, and the label that they make."""
+
+
+def _check_credit(settings: cfg.OnlineConfig, method: Method) -> None:
+    """Refuse settings of credit that nothing would read."""
+    credit, needed = settings.credit, needs(*method.terms)
+    given = credit.model_fields_set
+    for name in sorted(given):
+        if name in ("pairs", "pareto") and getattr(credit, name) and needed.k != 2:
+            raise UserError(f"online.credit.{name}: is for methods that compare two samples; {method.name} does not")
+        if name in READ_BY and READ_BY[name] not in needed.labels:
+            raise UserError(f"online.credit.{name}: {method.name} reads no {READ_BY[name]}; remove it")
+    for name in ("spread", "ddof", "eps"):
+        if credit.buffer is not None and name in given:
+            raise UserError(f"online.credit.{name}: credit.buffer has DDPO's own; remove one of the two")
+    if credit.buffer is None and "min_count" in given:
+        raise UserError("online.credit.min_count: belongs to credit.buffer; set that too")
+    if credit.buffer is not None and credit.min_count > credit.buffer:
+        raise UserError(
+            f"online.credit.min_count: a buffer of {credit.buffer} rewards never holds {credit.min_count} of a prompt"
+        )
+    own = next((name for name in ("buffer", "threshold") if getattr(credit, name) is not None), None)
+    if own and (settings.refill or not settings.keep_alike):
+        name = "refill" if settings.refill else "keep_alike"
+        raise UserError(f"online.{name}: with credit.{own} samples that are alike teach, too; remove one of the two")
 
 
 def window_range(settings: cfg.OnlineConfig, method: Method) -> tuple[int, int]:

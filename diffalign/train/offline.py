@@ -13,6 +13,7 @@ import torch
 
 from diffalign import config as cfg
 from diffalign import records as store
+from diffalign.anchors import is_due
 from diffalign.bank import Bank, identity
 from diffalign.bank import check_method as check_bank
 from diffalign.dataset import DERIVED, Dataset, Visit, check_records, check_segments, visits
@@ -144,8 +145,9 @@ def _step(job: Job, step: int, micros: Sequence[Sequence[Visit]]) -> dict[str, f
             job.bank.put(chosen, -result.log_probs.by_role["reference"] / result.log_probs.scale)
         rows.append(result.metrics)
     metrics = apply(core, step, rows)
-    if core.config.run.ema:
-        core.weights.refresh("average", core.config.run.ema)
+    run = core.config.run
+    if run.ema and is_due(step, run.ema_every):
+        core.weights.refresh("average", run.ema)
     return metrics
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from diffalign import config as cfg
-from diffalign.anchors import average_decay, linear_decay
+from diffalign import credit
+from diffalign.anchors import average_decay, is_due, linear_decay
 from diffalign.errors import UserError
 from diffalign.randomness import keyed
 from diffalign.registry import find_objective
 from diffalign.train import core as shared
-from diffalign.train import credits, health
+from diffalign.train import health
 from diffalign.train.feedback import requests
 from diffalign.train.human import Nobody
 from diffalign.train.job import Job, prepare
@@ -81,8 +82,8 @@ def make_round(job: Job, index: int) -> Round:
     mine = _groups(job, index, 0)[core.run.rank :: core.run.world]
     rollout, rewards = _sampled(job, index, mine)
     for attempt in range(1, settings.refill + 1):
-        reward = credits.total(rewards, _weights(job), settings.credit.combine)
-        rows = credits.alike(reward).nonzero()[:, 0].tolist()
+        reward = credit.total(rewards, _weights(job), settings.credit.combine)
+        rows = credit.alike(reward).nonzero()[:, 0].tolist()
         if rows:
             others = _groups(job, index, attempt)
             other, found = _sampled(job, index, [others[rollout.groups[row].position] for row in rows])
@@ -201,9 +202,10 @@ def _update(job: Job, made: Round, step: int, part: Sequence[Item]) -> dict[str,
         if not job.checked:
             _check_on_policy(job, result)
         rows.append({**result.metrics, **ratios(core.method, result.log_probs)})
-    metrics = shared.apply(core, step, rows, teaches=made.teaches)
-    if core.config.run.ema:
-        core.weights.refresh("evaluation", average_decay(step, core.config.run.ema))
+    metrics = shared.apply(core, step, rows, teaches=made.teaches(part))
+    run = core.config.run
+    if run.ema and is_due(step, run.ema_every):
+        core.weights.refresh("evaluation", average_decay(step, run.ema))
     first = step % job.settings.updates == 0
     return {**metrics, **(made.metrics if first else {}), "seconds/update": time.perf_counter() - begun}
 

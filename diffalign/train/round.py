@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -14,7 +14,6 @@ from diffalign import credit
 from diffalign.credit import Buffered
 from diffalign.methods import needs
 from diffalign.randomness import keyed
-from diffalign.train import credits
 from diffalign.train.experts import Experts, is_replayed
 from diffalign.train.rollout import Rollout
 from diffalign.types import Batch, Method, Path
@@ -51,8 +50,12 @@ class Round:
     present: Tensor = field(default_factory=lambda: torch.empty(0))
     """(G, I, K) 0 for samples without a reward."""
     metrics: dict[str, float] = field(default_factory=dict)
-    teaches: bool = True
-    """False where the samples of every prompt, of all processes, are alike in reward."""
+    decided: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(G, I) False for items that prefer nothing: equal rewards, no advantage, no reward at all."""
+
+    def teaches(self, chosen: Sequence[Item]) -> bool:
+        """Whether any of these items prefers something."""
+        return any(bool(self.decided[item.group, item.index]) for item in chosen)
 
     def parts(self, settings: cfg.OnlineConfig, seed: tuple[int, ...]) -> Iterator[list[Item]]:
         """The items of every update of the round, of this process.
@@ -111,8 +114,8 @@ def share(
         names: prompts of all groups.
         mine: the groups of this process.
     """
-    reward = credits.total(made.rewards, made.weights, settings.credit.combine)
-    alike = credits.alike(reward)
+    reward = credit.total(made.rewards, made.weights, settings.credit.combine)
+    alike = credit.alike(reward)
     metrics = {**made.metrics, **summary(reward, alike, made.rollout.x0)}
     needed = needs(*method.terms)
     good = ~reward.isnan()
@@ -126,10 +129,11 @@ def share(
     whole = torch.arange(size)[None, None].expand(len(reward), -1, -1)
     samples = whole if needed.listwise else singles
     if needed.k == 2 and not is_replayed(method):  # there the other of a pair is an expert
-        samples = credits.pairs(reward, settings.credit.pairs)
+        samples = credit.pairs(reward, settings.credit.pairs)
     where = torch.arange(len(reward))[:, None, None]
     if "advantage" in needed.labels:
-        labels["advantage"] = credits.advantages(reward, names, settings.credit, buffered)[where, samples]
+        how = settings.credit.model_dump(include={"spread", "ddof", "eps"})
+        labels["advantage"] = credit.advantages(reward, **how, prompts=names, buffered=buffered)[where, samples]
     if "reward" in needed.labels:
         found = reward.nan_to_num(0.0)[where, samples]
         if settings.credit.pareto:
@@ -139,15 +143,28 @@ def share(
     if "desirable" in needed.labels:
         bar = reward.nanmean(1, keepdim=True) if settings.credit.threshold is None else settings.credit.threshold
         labels["desirable"] = (reward >= bar).float()[where, samples]
+    present = good.float()[where, samples]
     return replace(
         made,
         rewards=made.rewards[mine],
         samples=samples[mine],
         labels={name: value[mine] for name, value in labels.items()},
-        present=good.float()[where, samples][mine],
+        present=present[mine],
         metrics=metrics,
-        teaches=is_replayed(method) or not bool(alike.all()),
+        decided=(_decided(labels, present) | is_replayed(method))[mine],
     )
+
+
+def _decided(labels: Mapping[str, Tensor], present: Tensor) -> Tensor:
+    """(G, I): an item has an advantage, a label of its own, or samples that differ in reward."""
+    there = present > 0
+    found = there.any(-1) if "desirable" in labels else torch.zeros_like(there[..., 0])
+    if "advantage" in labels:
+        found |= ((labels["advantage"] != 0) & there).any(-1)
+    if "reward" in labels:
+        low, high = (labels["reward"].masked_fill(~there, bound) for bound in (torch.inf, -torch.inf))
+        found |= high.amax(-1) > low.amin(-1)
+    return found
 
 
 def summary(reward: Tensor, alike: Tensor, x0: Tensor) -> dict[str, float]:

@@ -32,6 +32,14 @@ BEFORE: list[tuple[str, dict[str, Any], list[str]]] = [
     ("d3po", {"online": {"samples": 1}}, ["online.samples", "at least 2"]),
     ("rank-dpo", {"online": {"samples": 2}}, ["online.samples", "at least 3"]),
     ("awm", {"online": {"credit": {"pareto": True}}}, ["online.credit.pareto", "awm"]),
+    ("awm", {"online": {"credit": {"pairs": "all"}}}, ["online.credit.pairs", "awm"]),
+    ("awm", {"online": {"credit": {"threshold": 0.5}}}, ["online.credit.threshold", "desirable"]),
+    ("diffusion-dpo", {"online": {"credit": {"spread": "none"}}}, ["online.credit.spread", "advantage"]),
+    ("awm", {"online": {"credit": {"min_count": 2}}}, ["online.credit.min_count", "credit.buffer"]),
+    ("awm", {"online": {"credit": {"buffer": 8}}}, ["online.credit.min_count", "8", "16"]),
+    ("awm", {"online": {"credit": {"buffer": 16, "eps": 0.1}}}, ["online.credit.eps", "credit.buffer"]),
+    ("awm", {"online": {"credit": {"buffer": 16}, "refill": 1}}, ["online.refill", "credit.buffer"]),
+    ("awm", {"online": {"credit": {"buffer": 16}, "keep_alike": False}}, ["online.keep_alike", "credit.buffer"]),
     ("awm", {"online": {"anchors": {"average": {}}}}, ["online.anchors", "average"]),
     ("flow-grpo", {"online": {"window": 5}}, ["online.window", "0 to 3"]),
     ("flow-grpo", {"online": {"window": 2, "window_range": [2, 6]}}, ["online.window", "2 to 6", "4 steps"]),
@@ -63,6 +71,7 @@ def test_refused(refused, online, tmp_path, method, changes, names):
         ({}, {**EXPERTS, "prompts": {"source": "shapes:train"}}, ["online.prompts", "`data`"]),
         ({}, {**EXPERTS, "window": 2}, ["online.window", "diffusion-dro"]),
         ({}, {**EXPERTS, "stop": STOP}, ["online.stop"]),
+        ({}, {**EXPERTS, "refill": 1}, ["online.refill", "diffusion-dro"]),
     ],
 )
 def test_experts_refused(refused, online, own_pairs, data, changes, names):

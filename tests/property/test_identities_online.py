@@ -199,13 +199,13 @@ def test_dance_with_the_flow_sdes_diffusion_is_the_flow_sde():
 # --- published defects
 
 
-def guarded(bias: str) -> Tensor:
-    """The gradient of the first record's policy, as a function of the second's drift, of both."""
+def guarded(bias: str, other_std: float = 0.4) -> Tensor:
+    """What the second record's drift changes in the gradient of the first one's policy."""
     rows = []
     for drift in (0.0, 3.0):
         policy = normal(2, 1, 1, seed=3).requires_grad_()
         gap = torch.tensor([[[0.2]], [[drift]]], dtype=torch.float64)
-        extra = {"std": torch.full((2, 1, 1), 0.4), "dt": torch.full((2, 1, 1), 0.1)}
+        extra = {"std": torch.tensor([0.4, other_std]).double().view(2, 1, 1), "dt": torch.full((2, 1, 1), 0.1)}
         behaviour = policy.detach() - 0.1
         lp = LogProbs({"policy": policy, "behaviour": behaviour}, torch.ones(2, 1, 1), {"behaviour": gap}, extra=extra)
         labels = {"advantage": torch.tensor([[1.0], [1.0]])}
@@ -218,6 +218,7 @@ def test_the_guards_bias_is_each_samples_own():
     """The release averages over an empty tuple of dimensions, that is over the micro-batch."""
     assert guarded("per_sample").item() == 0
     assert guarded("batch").abs().item() > 1e-2
+    assert guarded("batch", other_std=0.3).item() == 0, "its micro-batch is of one step"
 
 
 def test_the_guards_bias_centres_the_log_ratio():

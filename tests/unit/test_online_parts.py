@@ -16,10 +16,10 @@ from diffalign.errors import UserError
 from diffalign.methods import resolve
 from diffalign.records import Record
 from diffalign.schedule import Rectified
-from diffalign.train import credits, online
+from diffalign.train import online
 from diffalign.train.job import Job, _check_ranks
 from diffalign.train.rollout import Group, Roller, Rollout, assemble
-from diffalign.train.round import Round, share
+from diffalign.train.round import Item, Round, share
 from diffalign.types import LogProbs, Path
 
 NAN = math.nan
@@ -157,10 +157,10 @@ class TestCredits:
     def test_total(self):
         rewards = torch.tensor([[[1.0, 10.0], [3.0, 20.0], [2.0, NAN]], [[0.0, 5.0], [4.0, 5.0], [8.0, 5.0]]])
         weights = torch.tensor([2.0, 0.1])
-        found = credits.total(rewards, weights, "sum")
+        found = credit.total(rewards, weights, "sum")
         torch.testing.assert_close(found[~found.isnan()], torch.tensor([3.0, 8.0, 0.5, 8.5, 16.5]))
         assert found.isnan().tolist() == [[False, False, True], [False] * 3]
-        each = credits.total(rewards, weights, "normalised")
+        each = credit.total(rewards, weights, "normalised")
         assert torch.equal(each.isnan(), found.isnan())
         one = 1 / math.sqrt(2)
         torch.testing.assert_close(each[0, :2], torch.tensor([-one, one]) * 2.1, rtol=1e-3, atol=0)
@@ -168,13 +168,12 @@ class TestCredits:
 
     def test_alike(self):
         reward = torch.tensor([[0.1, 0.1 + 1e-9, 0.1], [0.1, 0.2, NAN], [NAN, NAN, 3.0], [NAN] * 3, [1.0, 1.0, NAN]])
-        assert credits.alike(reward).tolist() == [True, False, True, True, True]
+        assert credit.alike(reward).tolist() == [True, False, True, True, True]
 
     @pytest.mark.parametrize("spread", ["group", "all", "none"])
     def test_advantages(self, spread):
         reward = torch.tensor([[1.0, 2.0, 4.0], [5.0, NAN, 7.0], [3.0, 3.0, 3.0]])
-        how = cfg.CreditConfig(spread=spread, ddof=1)
-        found = credits.advantages(reward, ["a", "b", "a"], how, None)
+        found = credit.advantages(reward, spread=spread, ddof=1)
         flat = reward.flatten()[~reward.flatten().isnan()]
         expected = credit.standardised(flat, [0, 0, 0, 1, 1, 2, 2, 2], spread=spread, ddof=1)
         assert found[1, 1] == 0
@@ -183,7 +182,7 @@ class TestCredits:
 
     def test_a_tracker_knows_prompts_by_name(self):
         buffered, reward = credit.Buffered(4, 2), torch.tensor([[1.0, 3.0], [NAN, 5.0], [2.0, 2.0]])
-        found = credits.advantages(reward, ["a", "b", "a"], cfg.CreditConfig(), buffered)
+        found = credit.advantages(reward, prompts=["a", "b", "a"], buffered=buffered)
         assert {name: list(kept) for name, kept in buffered.history.items()} == {"a": [1, 3, 2, 2], "b": [5]}
         std = math.sqrt(0.5)
         torch.testing.assert_close(found[[0, 2]], torch.tensor([[-1.0, 1.0], [0.0, 0.0]]) / std)
@@ -191,11 +190,11 @@ class TestCredits:
 
     def test_pairs(self):
         reward = torch.tensor([[1.0, 3.0, 2.0], [NAN, 4.0, 5.0], [NAN, 4.0, NAN], [2.0, 2.0, 2.0]])
-        found = credits.pairs(reward, "best_worst")
+        found = credit.pairs(reward, "best_worst")
         assert found.shape == (4, 1, 2)
         assert found[:2, 0].tolist() == [[1, 0], [2, 1]]
         assert all(len(set(pair)) == 2 for pair in found[:, 0].tolist())
-        assert credits.pairs(reward, "all")[2].tolist() == [[0, 1], [0, 2], [1, 2]]
+        assert credit.pairs(reward, "all")[2].tolist() == [[0, 1], [0, 2], [1, 2]]
 
 
 def shared(method: str, rewards: Tensor, buffered=None, mine=slice(None), **changes: Any) -> Round:
@@ -241,9 +240,19 @@ class TestRound:
         alike = torch.ones(4, S, 1)
         differing = alike.clone()
         differing[2, 0] = 0.0
-        assert not shared("awm", alike).teaches
-        assert shared("awm", differing, mine=slice(1, None, 2)).teaches  # another process's prompt: all agree
-        assert shared("diffusion-dro", alike).teaches  # by its experts
+        assert self.teaching(shared("awm", alike)) == []
+        assert self.teaching(shared("awm", differing)) == [2]
+        assert self.teaching(shared("diffusion-dpo", differing)) == [2]
+        assert self.teaching(shared("awm", differing, mine=slice(1, None, 2))) == []  # another process's prompt
+        assert self.teaching(shared("diffusion-dro", alike)) == [0, 1, 2, 3]  # by its experts
+        assert self.teaching(shared("diffusion-kto", alike, credit={"threshold": 0.5})) == [0, 1, 2, 3]
+        differing[2, 1:] = NAN
+        assert self.teaching(shared("awm", differing)) == []
+
+    def teaching(self, made: Round) -> list[int]:
+        """Groups whose items alone would be an update that teaches."""
+        groups, items = made.decided.shape
+        return [g for g in range(groups) if made.teaches([Item(g, i, (0, g, i)) for i in range(items)])]
 
     def test_a_batch_holds_what_its_items_say(self):
         rewards = torch.tensor([[[1.0], [3.0], [NAN]], [[5.0], [4.0], [6.0]]])
@@ -333,7 +342,7 @@ class TestMakeRound:
                 assert after.position == before.position
                 assert (after == before) == (before.record.prompt not in dull), "what taught something stays"
                 assert (after.attempt > 0) == (before.record.prompt in dull)
-                assert bool(credits.alike(row[None, :, 0])) == (before.record.prompt in dull)
+                assert bool(credit.alike(row[None, :, 0])) == (before.record.prompt in dull)
             assert sum(g.record.prompt in dull for g in made.rollout.groups) <= len(dull)
             counts = [[len(part) for part in r.parts(settings(updates=2), (7, 0))] for r in (plain, made)]
             assert counts[0] == counts[1] == [6, 6]

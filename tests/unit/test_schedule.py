@@ -163,6 +163,14 @@ def test_a_grid_stretched_to_its_terminal_time_is_the_stock_grid(steps):
     assert torch.equal(ours.shifted(u), Rectified(shift=2.0).shifted(u)), "training times are not stretched"
 
 
+@pytest.mark.parametrize("terminal", [None, 0.02])
+def test_a_flow_begins_at_one_to_the_last_bit(terminal):
+    """A stochastic step from beside it would have a thousand times the noise."""
+    for shift in torch.linspace(1.0, 4.0, 200).tolist():
+        for steps in (4, 6, 10):
+            assert Rectified(shift=shift, even=True, terminal=terminal).grid(steps)[0] == 1.0
+
+
 def test_discrete_grid_is_the_stock_trailing_grid():
     from diffusers import DDIMScheduler
 

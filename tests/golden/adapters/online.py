@@ -344,8 +344,9 @@ def text_mo_grpo(params: Given, inputs: Given) -> dict[str, Any]:
     order = params("aggregation", among=("sum_then_normalize", "normalize_then_sum"))
     spread = params("scale", "group", among=("group", "none"))
     rewards = inputs.tensor("rewards_per_objective")
-    groups = credit.contiguous(len(rewards), size)
-    gains = credit.combined_advantages(rewards, weights, groups, order=order, spread=spread)
+    normalised = order == "normalize_then_sum"
+    combined = credit.total(rewards.unflatten(0, (-1, size)), weights, "normalised" if normalised else "sum")
+    gains = credit.advantages(combined, spread="all" if normalised else spread, ddof=1).flatten()
     leaf = inputs.tensor("policy_token_logps").requires_grad_()
 
     def grouped(rows: Tensor) -> Tensor:
@@ -375,7 +376,7 @@ def text_mo_grpo(params: Given, inputs: Given) -> dict[str, Any]:
     (gradient,) = torch.autograd.grad(value, leaf)
     return {
         "advantages": gains,
-        "combined_rewards": credit.combined(rewards, weights, groups, order=order),
+        "combined_rewards": combined.flatten(),
         "loss": value,
         "per_token_loss": per_token.flatten(0, 1),
         "grad": {"policy_token_logps": gradient},

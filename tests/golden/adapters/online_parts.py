@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from diffalign import anchors, credit, edm, samplers, timesteps
+from diffalign import config as cfg
 from diffalign.schedule import Rectified
+from diffalign.train.job import ANCHORS
 
 from .common import Given, adapter
 
@@ -74,11 +76,26 @@ def advantages(params: Given, inputs: Given) -> dict[str, Any]:
     if kind == "dpo":
         for name in ("eps", "ddof", "global_std"):
             params(name, None)
-        return {**size, "advantages": credit.best_and_worst(rewards, groups, break_ties=True)}
+        return {**size, "advantages": _best_and_worst(rewards, groups)}
     groups = [0] * len(rewards) if kind == "batch" else groups
     spread = "all" if params("global_std", False, among=(True, False)) else "group"
     options = {"ddof": params("ddof", 0), "eps": params("eps")}
     return {**size, "advantages": credit.standardised(rewards, groups, spread=spread, **options)}
+
+
+def _best_and_worst(rewards: Tensor, groups: list[Any]) -> Tensor:
+    """(N,) +1 for the best of each group, -1 for the worst."""
+    out = torch.zeros_like(rewards)
+    for name in dict.fromkeys(groups):
+        rows = torch.tensor([row for row, other in enumerate(groups) if other == name])
+        ((first, second),) = credit.pairs(rewards[rows][None], "best_worst")[0].tolist()
+        if len(rows) > 1:
+            out[rows[first]], out[rows[second]] = 1, -1
+    return out
+
+
+OLD_POLICY = {0: cfg.AnchorConfig(), 1: ANCHORS["behaviour"], 2: cfg.AnchorConfig(rate=0.0075, cap=0.999, start=75)}
+"""DiffusionNFT's decay types: 0 copies, 1 for GenEval and human-preference rewards, 2 for OCR."""
 
 
 @adapter(requires=("decay",))
@@ -86,7 +103,8 @@ def ema_schedules(params: Given, inputs: Given) -> dict[str, Any]:
     """Decays by the number of updates."""
     kind, counts = params("kind", among=("nft_decay", "awm_linear", "eval_ema")), inputs("steps")
     if kind == "nft_decay":
-        return {"decay": [anchors.old_policy_decay(n, params("decay_type", among=(0, 1, 2))) for n in counts]}
+        how = OLD_POLICY[params("decay_type", among=(0, 1, 2))]
+        return {"decay": [anchors.linear_decay(n, how.rate, how.cap, how.start) for n in counts]}
     if kind == "awm_linear":
         return {"decay": [anchors.linear_decay(n, params("rate"), params("cap")) for n in counts]}
     limit, interval = params("decay"), params("update_interval")
