@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffalign import config as cfg
-from diffalign.configfile import load, validate
+from diffalign.config.file import load, validate
 from diffalign.train import online
 
 TITLE = "Noise of a policy's gradient"

@@ -33,7 +33,7 @@ from _results import machine, write_section
 from torch import Tensor
 
 from diffalign import config as cfg
-from diffalign.configfile import validate
+from diffalign.config.file import validate
 from diffalign.families.base import EMBEDDED, load_family
 from diffalign.records import Record
 from diffalign.train import online

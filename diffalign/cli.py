@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 
 from diffalign import __version__
 from diffalign.config import VERBS
-from diffalign.configfile import Strict, load
+from diffalign.config.file import Strict, load
 from diffalign.errors import UserError, nearest
 
 DEFAULT_CONFIG = {"quickstart": "quickstart"}

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from diffalign import __version__, extractors, predict, records, scoring
 from diffalign.config import ModelConfig, TrainConfig
-from diffalign.configfile import load
+from diffalign.config.file import load
 from diffalign.errors import UserError, nearest
 from diffalign.families import base
 from diffalign.methods import METHODS, needs, resolve

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from diffalign import build, evaluate, generate, report, score
 from diffalign import config as cfg
-from diffalign.configfile import Strict, dump
+from diffalign.config.file import Strict, dump
 from diffalign.errors import UserError
 from diffalign.files import replacing, write_json
 from diffalign.train import start

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from diffalign import config as cfg
-from diffalign.configfile import dump
+from diffalign.config.file import dump
 from diffalign.errors import UserError
 from diffalign.families.base import family_class
 from diffalign.media import Size

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffalign import config as cfg
 from diffalign import label, media
 from diffalign import records as store
-from diffalign.configfile import dump, load
+from diffalign.config.file import dump, load
 from diffalign.errors import UserError
 from diffalign.files import claim, replacing, sweep
 from diffalign.label.plan import SKIP, TYPES, Plan, Task

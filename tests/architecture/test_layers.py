@@ -22,14 +22,13 @@ LEVELS = (
     },
     {"estimate", "samplers", "draws"},
     {"methods"},
-    {"config", "config_parts", "config_data", "config_online", "config_arena", "configfile"},
+    {"config"},
     {
         *("generate", "prompts", "models", "score", "rewards", "choices", "build", "pool_page", "pages", "importing"),
         *("encoding", "dataset", "bank", "textset", "train", "evaluate"),
         *("label", "report", "doctor", "quickstart", "export", "predict", "serve", "serve_http", "serving"),
         *("geneval_layout", "comparison", "overoptimisation"),
-        *("arena", "arena_cell", "arena_results", "arena_scores", "arena_answers", "arena_summary", "arena_page"),
-        "held_out",
+        *("arena", "held_out"),
     },
     {"cli", "__main__"},
 )
@@ -41,11 +40,6 @@ SIDEWAYS = {
     "transitions": {"schedule", "likelihood"},
     "edm": {"schedule"},
     "objectives": {"credit"},
-    "config": {"configfile", "config_parts", "config_data", "config_online", "config_arena"},
-    "config_data": {"configfile", "config_parts"},
-    "config_online": {"configfile", "config_parts"},
-    "config_arena": {"configfile", "config_parts", "config_online"},
-    "config_parts": {"configfile"},
     "records": {"files"},
     "weights": {"files", "sharding"},
     "sharding": {"networks"},
@@ -92,13 +86,11 @@ SIDEWAYS = {
     },
     "evaluate": LEVELS[6] - {"quickstart", "report", "build", "export"},
     "overoptimisation": {"comparison"},
-    "arena": {"arena_cell", "arena_page", "arena_results", "arena_scores", "arena_summary", "comparison"},
-    "arena_cell": {"arena_scores", "build", "generate", "held_out", "models", "prompts", "rewards", "score", "train"},
+    "arena": {
+        *("build", "comparison", "generate", "held_out", "models", "overoptimisation", "pages", "prompts", "rewards"),
+        *("score", "train"),
+    },
     "held_out": {"comparison", "generate", "train"},
-    "arena_scores": {"arena_results", "comparison"},
-    "arena_answers": {"arena_results", "arena_scores", "comparison"},
-    "arena_summary": {"arena_results", "arena_scores", "arena_answers", "comparison", "overoptimisation"},
-    "arena_page": {"arena_results", "pages"},
     "prompts": {"geneval_layout"},
     "predict": {"train"},
     "doctor": {"predict"},
@@ -110,17 +102,7 @@ SIDEWAYS = {
 PURE = {"torch", "numpy", "diffalign", *sys.stdlib_module_names}
 HEAVY = {"diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "tensorboard"}
 NOT_IN_BASE = {"torchvision", "open_clip", "timm"}
-FAST = {
-    "errors",
-    "config",
-    "config_parts",
-    "config_data",
-    "config_online",
-    "config_arena",
-    "configfile",
-    "cli",
-    "__main__",
-}
+FAST = {"errors", "config", "cli", "__main__"}
 PARTS = {
     ("diffalign.families.sdxl", "diffalign.families.sd"),
     ("diffalign.families.controlnet", "diffalign.families.sd"),
@@ -234,16 +216,9 @@ def test_the_rule_sees_every_kind_of_import(modules, name, code, allowed):
 
 
 def test_config_knows_only_errors(modules):
-    configs = {
-        "diffalign.config",
-        "diffalign.config_parts",
-        "diffalign.config_data",
-        "diffalign.config_online",
-        "diffalign.config_arena",
-    }
-    found = {item.module for name, item in inside(modules) if name in configs}
-    assert found <= {"diffalign.errors", "diffalign.configfile", *configs}
-    assert {top for name, _, top in outside(modules) if name in configs} <= {"pydantic", "yaml"}
+    found = {part(item.module) for name, item in inside(modules) if part(name) == "config"}
+    assert found <= {"errors", "config"}
+    assert {top for name, _, top in outside(modules) if part(name) == "config"} <= {"pydantic", "yaml"}
 
 
 def test_concrete_families_are_reached_by_name_only(modules):

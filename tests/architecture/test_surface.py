@@ -8,7 +8,8 @@ import tomllib
 import pytest
 
 import diffalign
-from diffalign import config, configfile
+from diffalign import config
+from diffalign.config import file as configfile
 
 
 def test_verbs_are_pinned():

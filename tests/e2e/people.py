@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffalign import config as cfg
 from diffalign import label
-from diffalign.configfile import load
+from diffalign.config.file import load
 from diffalign.label.answers import Journal
 from diffalign.label.server import Gate, application
 

@@ -17,7 +17,7 @@ from PIL import Image
 from diffalign import config as cfg
 from diffalign import media
 from diffalign import records as store
-from diffalign.configfile import load
+from diffalign.config.file import load
 from diffalign.methods import needs, resolve
 from diffalign.train import human, offline, online
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffalign import records as store
 from diffalign.config import TrainConfig
-from diffalign.configfile import load as read_config
+from diffalign.config.file import load as read_config
 from diffalign.dataset import Dataset
 from diffalign.encoding import Cut
 from diffalign.families.base import load_family

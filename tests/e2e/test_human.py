@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from diffalign import config as cfg
 from diffalign import label
 from diffalign import records as store
-from diffalign.configfile import load
+from diffalign.config.file import load
 from diffalign.errors import UserError
 from diffalign.records import Record
 from diffalign.train import human, job

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffalign.arena_cell import diversity, exchanged
+from diffalign.arena.cell import diversity, exchanged
 from diffalign.held_out import weighted
 from diffalign.records import Candidate, Record
 from diffalign.train.tally import Tally

@@ -5,8 +5,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from diffalign import arena_page, charts
-from diffalign.arena_results import ArenaResults, EntryResult, Failure, write
+from diffalign import charts
+from diffalign.arena import page as arena_page
+from diffalign.arena.results import ArenaResults, EntryResult, Failure, write
 from diffalign.errors import UserError
 
 HOSTILE = "</title><script>alert(1)</script> & co"

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from diffalign import comparison
-from diffalign.arena_answers import crossing
-from diffalign.arena_results import BASE, Contrast, Entry, Label, Target, headline, read, write
-from diffalign.arena_scores import Cell, Snapshot
-from diffalign.arena_summary import summarise
+from diffalign.arena.answers import crossing
+from diffalign.arena.results import BASE, Contrast, Entry, Label, Target, headline, read, write
+from diffalign.arena.scores import Cell, Snapshot
+from diffalign.arena.summary import summarise
 from diffalign.comparison import bootstrap, interval, over_seeds
 from diffalign.errors import UserError
 

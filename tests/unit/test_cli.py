@@ -10,8 +10,9 @@ import pytest
 import yaml
 from safetensors import SafetensorError
 
-from diffalign import __version__, cli, config, configfile
+from diffalign import __version__, cli, config
 from diffalign.config import VERBS
+from diffalign.config import file as configfile
 from diffalign.errors import UserError
 
 TRAIN = {
@@ -250,7 +251,7 @@ def test_verb_help_is_complete(cli, verb, monkeypatch):
 def test_help_shows_type_default_and_description(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     lines = [" ".join(line.split()) for line in cli("train", "--help").out.splitlines()]
-    assert "run.steps int required" in lines
+    assert "run.steps int required optimiser updates in all; online: rounds times online.updates" in lines
     assert (
         "run.ema float or null null decay of a moving average; it is what gets exported (online it warms up)" in lines
     )

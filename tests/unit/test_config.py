@@ -4,9 +4,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from diffalign import configfile
 from diffalign.config import BuildConfig, EvalConfig, GenerateConfig, QuickstartConfig, TrainConfig
-from diffalign.configfile import ConfigError
+from diffalign.config import file as configfile
+from diffalign.config.file import ConfigError
 
 TRAIN = {
     "model": {"family": "sd3", "path": "embedded:shapes"},

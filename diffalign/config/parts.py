@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from diffalign.configfile import Strict
+from diffalign.config.file import Strict
 
 Json = Any
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from diffalign.config_parts import PromptsConfig, SamplingConfig, ScorerConfig
-from diffalign.configfile import Strict
+from diffalign.config.file import Strict
+from diffalign.config.parts import PromptsConfig, SamplingConfig, ScorerConfig
 
 
 class AnchorConfig(Strict):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffalign.arena_results import BASE, Scored
+from diffalign.arena.results import BASE, Scored
 from diffalign.comparison import Outcomes, bootstrap, common, interval, means, over_seeds
 
 

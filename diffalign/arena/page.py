@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from diffalign.arena_results import BASE, Answer, ArenaResults, EntryResult, Moment, Reach, headline, ratio_text, read
+from diffalign.arena.results import BASE, Answer, ArenaResults, EntryResult, Moment, Reach, headline, ratio_text, read
 from diffalign.charts import MOST_LINES, Forest, Panel, Point, bounds, count, forest, panel, tick, ticks
 from diffalign.files import replacing
 from diffalign.pages import render

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffalign.arena_results import (
+from diffalign.arena.results import (
     BASE,
     Answer,
     Contrast,
@@ -20,7 +20,7 @@ from diffalign.arena_results import (
     reach_text,
     titles,
 )
-from diffalign.arena_scores import Scores, measured
+from diffalign.arena.scores import Scores, measured
 from diffalign.comparison import over_seeds
 from diffalign.errors import UserError
 from diffalign.results import number

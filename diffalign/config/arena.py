@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from diffalign.config_online import OnlineConfig
-from diffalign.config_parts import ModelConfig, PromptsConfig, SamplingConfig, ScorerConfig
-from diffalign.configfile import Strict
+from diffalign.config.file import Strict
+from diffalign.config.online import OnlineConfig
+from diffalign.config.parts import ModelConfig, PromptsConfig, SamplingConfig, ScorerConfig
 
 Json = Any
 

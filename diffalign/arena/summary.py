@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from diffalign import comparison
-from diffalign.arena_answers import answer, reach
-from diffalign.arena_results import (
+from diffalign.arena.answers import answer, reach
+from diffalign.arena.results import (
     BASE,
     ArenaResults,
     Contrast,
@@ -23,7 +23,7 @@ from diffalign.arena_results import (
     Spread,
     Target,
 )
-from diffalign.arena_scores import Cell, Score, Scores, Snapshot, measured
+from diffalign.arena.scores import Cell, Score, Scores, Snapshot, measured
 from diffalign.errors import UserError
 from diffalign.overoptimisation import onset
 

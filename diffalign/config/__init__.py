@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from diffalign.config_arena import ArenaConfig, ArenaEntry, ArenaEvaluation, ArenaTuning
-from diffalign.config_data import (
+from diffalign.config.arena import ArenaConfig, ArenaEntry, ArenaEvaluation, ArenaTuning
+from diffalign.config.data import (
     BuildConfig,
     ExtractorConfig,
     GenerateConfig,
@@ -20,8 +20,9 @@ from diffalign.config_data import (
     ServeConfig,
     SourceConfig,
 )
-from diffalign.config_online import AnchorConfig, CreditConfig, OnlineConfig, StopConfig
-from diffalign.config_parts import (
+from diffalign.config.file import Strict
+from diffalign.config.online import AnchorConfig, CreditConfig, OnlineConfig, StopConfig
+from diffalign.config.parts import (
     DecodingConfig,
     LoraConfig,
     ModelConfig,
@@ -29,7 +30,6 @@ from diffalign.config_parts import (
     SamplingConfig,
     ScorerConfig,
 )
-from diffalign.configfile import Strict
 
 __all__ = [
     "VERBS",
@@ -273,7 +273,7 @@ VERBS: dict[str, tuple[type[Strict] | None, str, str]] = {
         "weights -> diffusers, PEFT, LoRA or kohya; records -> parquet",
     ),
     "eval": (EvalConfig, "diffalign.evaluate:run", "GenEval-style table, paired with a baseline"),
-    "arena": (ArenaConfig, "diffalign.arena:run", "many methods, one budget -> a comparison with intervals"),
+    "arena": (ArenaConfig, "diffalign.arena.run:run", "many methods, one budget -> a comparison with intervals"),
     "serve": (ServeConfig, "diffalign.serve:run", "scorers behind HTTP, for clients with `name: remote`"),
     "report": (ReportConfig, "diffalign.report:run", "run folders -> one HTML page"),
     "list": (None, "diffalign.doctor:list_command", "methods, objectives, shapings, families, scorers"),

@@ -13,13 +13,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-from diffalign import arena_cell as cell
-from diffalign import arena_page
 from diffalign import config as cfg
-from diffalign.arena_cell import Plan
-from diffalign.arena_results import BASE, ArenaResults, Contrast, Entry, Label, Target, Trial, headline, write
-from diffalign.arena_scores import Cell, Snapshot
-from diffalign.arena_summary import summarise
+from diffalign.arena import cell, page
+from diffalign.arena.cell import Plan
+from diffalign.arena.results import BASE, ArenaResults, Contrast, Entry, Label, Target, Trial, headline, write
+from diffalign.arena.scores import Cell, Snapshot
+from diffalign.arena.summary import summarise
 from diffalign.comparison import means
 from diffalign.errors import UserError, nearest
 from diffalign.files import claim, write_json
@@ -54,7 +53,7 @@ def run(config: cfg.ArenaConfig, dry_run: bool = False) -> Path:
             workers.run(f"seed {seed}", [_plan(config, name, seed, rates[name]) for name in chosen])
             results = report(config, base)
     print("\n".join(headline(results)))
-    return Path(config.out) / arena_page.PAGE
+    return Path(config.out) / page.PAGE
 
 
 def _check(name: str, entry: cfg.ArenaEntry) -> None:
@@ -187,7 +186,7 @@ def report(config: cfg.ArenaConfig, base: Snapshot) -> ArenaResults:
     )
     out = Path(config.out)
     write(out / RESULTS, results)
-    arena_page.write(out / RESULTS)
+    page.write(out / RESULTS)
     return results
 
 

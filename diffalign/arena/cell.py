@@ -16,7 +16,7 @@ from torch import Tensor
 from diffalign import build, generate, held_out, models, score
 from diffalign import config as cfg
 from diffalign import records as store
-from diffalign.arena_scores import Snapshot
+from diffalign.arena.scores import Snapshot
 from diffalign.files import write_json
 from diffalign.generate import make_sampling
 from diffalign.prompts import read_prompts

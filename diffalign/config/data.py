@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from diffalign.config_parts import DecodingConfig, ModelConfig, PromptsConfig, SamplingConfig, ScorerConfig
-from diffalign.configfile import Strict
+from diffalign.config.file import Strict
+from diffalign.config.parts import DecodingConfig, ModelConfig, PromptsConfig, SamplingConfig, ScorerConfig
 
 Json = Any
 
