@@ -6,8 +6,7 @@ import datetime
 import re
 from pathlib import Path
 
-from diffalign import quickstart
-from diffalign.train.run import versions
+from diffalign.machine import described
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 HEADER = "# Results\n\nWritten by the scripts in this folder; each section names its command, date and machine."
@@ -15,10 +14,7 @@ HEADER = "# Results\n\nWritten by the scripts in this folder; each section names
 
 def machine() -> str:
     """Date, hardware and versions in one line; no names of machines, users or folders."""
-    found = quickstart.machine()
-    hardware = f"{found['cores']} x {found['cpu']}, {found['memory_gib']:.0f} GiB, {found['gpu'] or 'no GPU'}"
-    libraries = (f"{name} {version}" for name, version in versions().items() if name != "diffalign")
-    return ", ".join([str(datetime.date.today()), hardware, *libraries])
+    return f"{datetime.date.today()}, {described()}"
 
 
 def write_section(title: str, body: str, path: Path = RESULTS) -> None:

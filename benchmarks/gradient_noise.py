@@ -26,24 +26,30 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffalign import config as cfg
-from diffalign.config.file import load, validate
+from diffalign.arena.plan import Plan
+from diffalign.config.file import load
 from diffalign.train import online
 
 TITLE = "Noise of a policy's gradient"
 
 
-def train(arena: cfg.ArenaConfig, entry: cfg.ArenaEntry, folder: Path, run: dict[str, Any], start: Path | None) -> None:
+def train(arena: cfg.ArenaConfig, name: str, folder: Path, run: dict[str, Any], start: Path | None) -> None:
     """One round of that many samples and one SGD step at rate 1, unless ``run`` says otherwise."""
-    own = {**arena.rounds.model_dump(exclude_unset=True), **(entry.online or {}), "updates": 1}
-    own |= {"groups": run["samples"] // own["samples"], "scorers": arena.scorers, "reward": arena.reward}
-    content = {
-        "model": {**arena.model.model_dump(), "lora": {"rank": 16, "start": start and str(start)}},
-        "online": own,
-        "method": entry.method,
-        "optim": {"name": "sgd", "lr": run["lr"], "clip": None},
-        "run": {"dir": str(folder), "steps": 1, "batch": entry.batch, "seed": run["seed"], "precision": "fp32"},
+    prompts = arena.evaluate.prompts
+    config = Plan(arena, name, run["seed"], run["lr"], arena.budget, prompts, (1.0,), folder, False).training(1)
+    assert config.online
+    assert config.model.lora
+    changes = {
+        "model": config.model.model_copy(
+            update={"lora": config.model.lora.model_copy(update={"start": start and str(start)})}
+        ),
+        "online": config.online.model_copy(update={"groups": run["samples"] // config.online.samples, "updates": 1}),
+        "optim": cfg.OptimConfig(name="sgd", lr=run["lr"], clip=None),
+        "run": config.run.model_copy(
+            update={"dir": str(folder), "steps": 1, "precision": "fp32", "snapshots": False, "resume": None}
+        ),
     }
-    online.run(validate(cfg.TrainConfig, content))
+    online.run(config.model_copy(update=changes))
 
 
 def second_factors(folder: Path) -> Tensor:
@@ -63,13 +69,13 @@ def evaluations(folder: Path) -> int:
 def estimates(arena: cfg.ArenaConfig, names: list[str], args: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Gradients and network evaluations per estimate of every method."""
     nothing = {"samples": 2 * arena.rounds.samples, "seed": 0, "lr": 1e-30}
-    train(arena, arena.entries[names[0]], root / "start", nothing, None)
+    train(arena, names[0], root / "start", nothing, None)
     found: dict[str, Any] = {}
     for name in names:
         folders = [root / f"{name}-{seed}" for seed in range(args.estimates)]
         for seed, folder in enumerate(folders):
             run = {"samples": args.samples, "seed": seed + 1, "lr": 1.0}
-            train(arena, arena.entries[name], folder, run, root / "start/lora")
+            train(arena, name, folder, run, root / "start/lora")
         found[name] = [second_factors(folder) for folder in folders], evaluations(folders[0])
     return found
 

@@ -17,9 +17,10 @@ from diffalign.comparison import Outcomes, common, compare, outcomes, wins
 from diffalign.errors import UserError
 from diffalign.files import write_json
 from diffalign.generate import sampling_config
+from diffalign.machine import versions
 from diffalign.prompts import read_prompts
 from diffalign.results import Measured, Results, headline, table
-from diffalign.train.run import snapshots, versions
+from diffalign.train.run import snapshots
 
 SCORED = "scored.jsonl"
 RESULTS = "results.json"
@@ -105,7 +106,7 @@ def _judge(config: cfg.EvalConfig, model: cfg.ModelConfig, out: Path) -> Path:
     made = generate.run(cfg.GenerateConfig(model=model, out=str(out), **shared), title=f"sample {out.name}")
     scorers = [config.judge, *config.panel]
     score.run(cfg.ScoreConfig(records=str(made), out=str(out / SCORED), scorers=scorers, failures=config.failures))
-    label = config.judge.label or config.judge.name
+    label = config.judge.key
     write_json(out / JUDGE, {"label": label, "name": config.judge.name, "params": config.judge.params})
     return out
 
@@ -145,7 +146,7 @@ def _described(config: cfg.EvalConfig, folder: Path) -> dict[str, Any]:
     settings = sampling_config(config, config.model.family)
     return {
         "judge": config.judge.name,
-        "metric": str(config.judge.params.get("metric", config.judge.label or config.judge.name)),
+        "metric": str(config.judge.params.get("metric", config.judge.key)),
         "note": config.note or f"prompts: {config.prompts.source}",
         "sampling": settings.model_dump(mode="json"),
         "seed": config.seed,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from diffalign import build, evaluate, generate, report, score
@@ -18,8 +15,8 @@ from diffalign import config as cfg
 from diffalign.config.file import Strict, dump
 from diffalign.errors import UserError
 from diffalign.files import replacing, write_json
+from diffalign.machine import hardware, versions
 from diffalign.train import start
-from diffalign.train.run import versions
 
 ADAPTER = "train/lora"
 
@@ -82,21 +79,6 @@ def _seeded(stage: cfg.QuickstartConfig.Stage, offset: int) -> dict[str, Any]:
     return {**{name: getattr(stage, name) for name in type(stage).model_fields}, "seed": stage.seed + offset}
 
 
-def machine() -> dict[str, Any]:
-    """What the job ran on."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_gib": round(memory, 1), "gpu": gpu}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def run(config: cfg.QuickstartConfig, dry_run: bool = False) -> Path:
     """Run the whole job; stages that are finished are kept, so a stopped job continues. Returns the report."""
     root = Path(config.dir)
@@ -140,6 +122,6 @@ def _write_job(root: Path, config: cfg.QuickstartConfig, stages: list[dict[str, 
             "seconds": round(time.perf_counter() - started, 1),
             "stages": stages,
             "versions": versions(),
-            "machine": machine(),
+            "machine": hardware(),
         },
     )

@@ -72,7 +72,7 @@ def by_label(scorers: Iterable[ScorerConfig]) -> dict[str, ScorerConfig]:
     """
     specs: dict[str, ScorerConfig] = {}
     for spec in scorers:
-        label = spec.label or spec.name
+        label = spec.key
         if label in specs:
             raise UserError(f"two scorers write the label {label!r}; give one of them another `label:`")
         specs[label] = spec

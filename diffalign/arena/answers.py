@@ -8,20 +8,18 @@ from typing import NamedTuple
 import numpy as np
 
 from diffalign.arena.results import (
-    BASE,
     Answer,
-    Contrast,
     EntryResult,
     Label,
     Reach,
     Reached,
-    Target,
     contrast_text,
     reach_text,
     titles,
 )
 from diffalign.arena.scores import Scores, measured
 from diffalign.comparison import over_seeds
+from diffalign.config.arena import BASE, Contrast, Target
 from diffalign.errors import UserError
 from diffalign.results import number
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from diffalign.arena.results import BASE, Answer, ArenaResults, EntryResult, Moment, Reach, headline, ratio_text, read
+from diffalign.arena.results import Answer, ArenaResults, EntryResult, Moment, Reach, headline, ratio_text, read
 from diffalign.charts import MOST_LINES, Forest, Panel, Point, bounds, count, forest, panel, tick, ticks
+from diffalign.config.arena import BASE
 from diffalign.files import replacing
 from diffalign.pages import render
 from diffalign.results import Shown, Verdict, number, shown, verdict
@@ -219,7 +220,7 @@ def _question_charts(results: ArenaResults, answers: Sequence[Answer], reaches: 
         for one in reaches:
             if one.target.label == label and one.target.of == BASE and one.value is not None:
                 guides[one.value] = f"the base, {results.labels[one.target.score].title}"
-        metric = _score(results, label)
+        metric = _metric(results, label)
         drawn = any(label in moment.scores for one in entries for moment in one.moments[:-1])
         if drawn and (reaches or len(entries) > 1):
             own = list(guides.items())
@@ -238,7 +239,7 @@ class ChartRow(NamedTuple):
     panels: list[Panel]
 
 
-def _score(results: ArenaResults, label: str) -> Metric:
+def _metric(results: ArenaResults, label: str) -> Metric:
     def value(moment: Moment) -> float:
         return moment.scores[label].policy if label in moment.scores else math.nan
 
@@ -249,12 +250,12 @@ def _rows(results: ArenaResults) -> list[ChartRow]:
     """Every metric against network evaluations and seconds, and the ranked score against the divergence."""
     moments = [moment for one in results.entries for moment in one.moments[:-1]]
     labels = [label for label in results.labels if any(label in moment.scores for moment in moments)]
-    metrics = [_score(results, label) for label in sorted(labels, key=lambda label: label != results.main)]
+    metrics = [_metric(results, label) for label in sorted(labels, key=lambda label: label != results.main)]
     metrics.append(Metric("diversity", "diversity", lambda one: one.diversity.mean))
     metrics.append(Metric("kl", "KL to the base", lambda one: one.kl.mean))
     pairs = [(metric, AXES[key]) for key in ("evaluations", "seconds") for metric in metrics]
     rows = []
-    for metric, axis in [*pairs[: len(metrics)], (_score(results, results.main), AXES["kl"]), *pairs[len(metrics) :]]:
+    for metric, axis in [*pairs[: len(metrics)], (_metric(results, results.main), AXES["kl"]), *pairs[len(metrics) :]]:
         guide = [(metric.value(results.base), "the base")]
         panels = [
             _panel(results, f"{metric.title}{part}", entries, scale, metric, axis, guide)

@@ -8,12 +8,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffalign.charts import count
+from diffalign.config.arena import BASE, Contrast, Target
 from diffalign.errors import UserError
 from diffalign.files import write_json
 from diffalign.results import Interval, Measured, Verdict, number, parse, shown, verdict
 
-BASE = "base"
-"""Stands for the model that every entry starts from, where an entry's name is expected."""
 FILE = "results.json"
 
 
@@ -47,27 +46,6 @@ class Entry(_Read):
     learning_rate: float | None = None
     tuning: list[Trial] = Field(default_factory=list)
     note: str = ""
-
-
-class Contrast(_Read):
-    """Is the first better than the second, at the end?"""
-
-    question: str
-    first: str
-    second: str = BASE
-    label: str = "correct"
-    second_label: str | None = Field(default=None, description="of the second, where it is another one")
-
-
-class Target(_Read):
-    """After how many network evaluations is a score reached?"""
-
-    question: str
-    of: str = Field(BASE, description="whose final score is to be reached")
-    score: str = Field("correct", description="label of that score")
-    label: str = Field("correct", description="label of the curves that are to reach it")
-    reference: str | None = Field(default=None, description="entry that the others' evaluations are compared with")
-    asked: list[str] = Field(default_factory=list, description="entries that the question is about")
 
 
 # --- what was found -----------------------------------------------------------------------------------------------
@@ -176,6 +154,8 @@ class ArenaResults(_Read):
     labels: dict[str, Label]
     n: int = Field(description="held-out samples per snapshot")
     prompts: int
+    trained_prompts: int = Field(default=0, description="of these prompts, those that are in training as well")
+    trained_samples: int = Field(default=0, description="of these samples, those of such a prompt")
     failed: int = Field(
         default=0, description="samples that the judge could not score for someone; left out of everyone"
     )
@@ -187,7 +167,8 @@ class ArenaResults(_Read):
     reaches: list[Reach] = Field(default_factory=list)
     tuning: str = Field(default="", description="what every method was given to find its settings")
     settings: dict[str, Any] = Field(default_factory=dict)
-    notes: list[str] = Field(default_factory=list)
+    waiting: list[str] = Field(default_factory=list, description="titles of entries that have not run yet")
+    machine: str = Field(default="", description="date, hardware and versions of this summary")
     command: str = Field(default="", description="makes all of this again")
 
     def ranked(self) -> list[EntryResult]:

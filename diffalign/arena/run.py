@@ -1,81 +1,145 @@
-"""`diffalign arena`: every method from one base, with one budget, judged alike; a page of results.
+"""`diffalign arena`: fill the cells, then put together what they say.
 
 Cells (method x seed) run apart from each other and leave a file each: a stopped arena goes on where it was.
 """
 
 from __future__ import annotations
 
+import datetime
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+from pydantic import ValidationError
+
+from diffalign import comparison, score
 from diffalign import config as cfg
-from diffalign.arena import cell, page
-from diffalign.arena.cell import Plan
-from diffalign.arena.results import BASE, ArenaResults, Contrast, Entry, Label, Target, Trial, headline, write
+from diffalign.arena import cell, page, pool
+from diffalign.arena.judge import judged
+from diffalign.arena.plan import Plan
+from diffalign.arena.results import FILE, ArenaResults, Entry, Label, Trial, headline, write
 from diffalign.arena.scores import Cell, Snapshot
 from diffalign.arena.summary import summarise
-from diffalign.comparison import means
+from diffalign.config.arena import BASE
 from diffalign.errors import UserError, nearest
-from diffalign.files import claim, write_json
+from diffalign.files import claim
+from diffalign.machine import described
 from diffalign.methods import resolve
+from diffalign.prompts import read_prompts
 
-RESULTS = "results.json"
 SHARED = {"model", "scorers", "reward", "pool", "pool_prompts", "pool_share", "candidates", "rounds", "optim"}
 SHARED |= {"precision", "budget", "moments", "tuning", "evaluate"}
 """What no cell of a folder may differ in; entries and seeds may be added."""
 
 
 def run(config: cfg.ArenaConfig, dry_run: bool = False) -> Path:
-    """Run what is missing; returns the page."""
-    for name, entry in config.entries.items():
-        _check(name, entry)
-    unknown = sorted(set(config.only) - config.entries.keys())
-    if unknown:
-        raise UserError(f"only: no entry {unknown[0]!r}{nearest(unknown[0], config.entries)}")
+    """Run what is missing, failed cells again; returns the page.
+
+    Raises:
+        UserError: something of the config does not fit, or cells were made with other settings.
+    """
     root = Path(config.dir)
     chosen = [name for name in config.entries if not config.only or name in config.only]
     trials = {name: _trials(config, name) for name in chosen}
-    count = sum(map(len, trials.values())) + len(chosen) * len(config.seeds)
+    cells = {seed: [_plan(config, name, seed) for name in chosen] for seed in config.seeds}
+    plans = [plan for own in (*trials.values(), *cells.values()) for plan in own]
+    _check(config, plans)
+    claim(root / "arena.json", config.model_dump(mode="json", include=SHARED), root, write=not dry_run)
+    for plan in plans:
+        claim(plan.result, plan.identity(), plan.folder / "train", write=not dry_run)
     if dry_run:
-        print(f"would run {count} cells of {len(chosen)} methods into {root}, results into {config.out}")
+        print(f"would run {len(plans)} cells of {len(chosen)} methods into {root}, results into {config.out}")
         return root
-    claim(root / "arena.json", config.model_dump(mode="json", include=SHARED), root)
     base = _base(config)
-    with _Workers(config.workers) as workers:
-        workers.run("tuning", [plan for plans in trials.values() for plan in plans])
-        rates = {name: _chosen(plans) for name, plans in trials.items()}
-        for seed in config.seeds:
-            workers.run(f"seed {seed}", [_plan(config, name, seed, rates[name]) for name in chosen])
+    with _Workers(config.workers or (1 if torch.cuda.is_available() else 2)) as workers:
+        workers.run("tuning", [plan for own in trials.values() for plan in own])
+        rates = {name: _tuned(own).rate for name, own in trials.items()}
+        for seed, own in cells.items():
+            workers.run(f"seed {seed}", [_plan(config, plan.name, seed, rates[plan.name]) for plan in own])
             results = report(config, base)
     print("\n".join(headline(results)))
     return Path(config.out) / page.PAGE
 
 
-def _check(name: str, entry: cfg.ArenaEntry) -> None:
-    resolve(**cfg.MethodConfig.model_validate(entry.method).model_dump())
-    if entry.online is None and entry.build is None:
-        raise UserError(f"entries.{name}: give `build` rules, `online` settings, or both")
+# --- what is refused ------------------------------------------------------------------------------------------------
 
 
-def _quiet() -> None:
-    """As the command line does it."""
+def _check(config: cfg.ArenaConfig, plans: Sequence[Plan]) -> None:
+    """Refuse before anything runs what a cell or the report would refuse after hours."""
+    if config.model.lora is None:
+        raise UserError("model.lora: an arena compares LoRAs; give its rank")
+    for name in config.only:
+        _known("only", name, config.entries)
+    for plan in {plan.name: plan for plan in plans if plan.lr > 0}.values():  # those of tuning
+        _check_entry(plan)
+    trained = score.by_label(config.scorers)
+    labels = score.by_label([config.evaluate.judge, *config.evaluate.panel])
+    for name in config.reward:
+        _known("reward", name, trained)
+    if not any(_weight(config, one) for one in config.evaluate.panel):
+        raise UserError(f"evaluate.panel: follow one of the rewards that are trained on: {', '.join(trained)}")
+    entries, scores = {BASE, *config.entries}, {*labels, "guided"}
+    for index, contrast in enumerate(config.contrasts):
+        _known(f"contrasts.{index}", contrast.first, entries)
+        _known(f"contrasts.{index}", contrast.second, entries)
+        _known(f"contrasts.{index}", contrast.label, scores)
+        _known(f"contrasts.{index}", contrast.second_label or contrast.label, scores)
+    for index, target in enumerate(config.targets):
+        for name in (target.of, target.reference or BASE, *target.asked):
+            _known(f"targets.{index}", name, entries)
+        for name in (target.score, target.label):
+            _known(f"targets.{index}", name, scores)
+
+
+def _known(where: str, name: str, names: Iterable[str]) -> None:
+    if name not in names:
+        raise UserError(f"{where}: there is no {name!r}{nearest(name, names)}")
+
+
+def _check_entry(plan: Plan) -> None:
+    """An entry is a method, records or rounds for it, and settings that are those of the verbs."""
+    where = f"entries.{plan.name}"
+    if plan.name == BASE:
+        raise UserError(f"{where}: is the name of the model that all start from; choose another")
+    if plan.entry.online is None and plan.entry.build is None:
+        raise UserError(f"{where}: give `build` rules, `online` settings, or both")
+    try:
+        resolve(**plan.training(1).method.model_dump())
+        if plan.entry.build is not None:
+            plan.building()
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+# --- cells ----------------------------------------------------------------------------------------------------------
+
+
+def _begin(threads: int) -> None:
+    """A worker: quiet as the command line is, on its share of the cores."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    torch.set_num_threads(threads)
 
 
 class _Workers:
     """Processes that run cells, each on its share of the cores; a single one is this process."""
 
     def __init__(self, count: int) -> None:
-        self._pool = None
-        if count > 1:
-            threads = max(1, (os.cpu_count() or 1) // count)
-            os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they load torch
-            self._pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_quiet)
+        threads = max(1, (os.cpu_count() or 1) // count)
+        self._pool = (
+            ProcessPoolExecutor(count, get_context("spawn"), initializer=_begin, initargs=(threads,))
+            if count > 1
+            else None
+        )
 
     def __enter__(self) -> _Workers:
         return self
@@ -87,9 +151,9 @@ class _Workers:
     def run(self, what: str, plans: Iterable[Plan]) -> None:
         """All cells that have no result yet."""
         missing = [plan for plan in plans if not plan.result.is_file()]
-        pools = [plan for plan in missing if plan.entry.build is not None]
-        for plan in pools[:1]:  # before two cells want it at once
-            cell.make_pool(plan)
+        pools = {plan.pool: plan for plan in missing if plan.entry.build is not None}
+        for plan in pools.values():  # before two cells want it at once
+            pool.make(plan)
         for index, _ in enumerate(self._finished(missing), 1):
             print(f"{what}: {index} of {len(missing)} cells")
 
@@ -101,114 +165,150 @@ class _Workers:
             yield future.result()
 
 
-def _plan(config: cfg.ArenaConfig, name: str, seed: int, lr: float) -> Plan:
+def _plan(config: cfg.ArenaConfig, name: str, seed: int, lr: float = math.nan) -> Plan:
+    """A cell; its learning rate only counts when it is run."""
+    moments, prompts = tuple(config.moments), config.evaluate.prompts
     folder = Path(config.dir) / "cells" / f"{name}-{seed}"
-    moments = tuple(config.moments)
-    return Plan(config, name, seed, lr, config.budget, config.evaluate.prompts, moments, folder, guided=True)
+    return Plan(config, name, seed, lr, config.budget, prompts, moments, folder, guided=True)
 
 
 def _trials(config: cfg.ArenaConfig, name: str) -> list[Plan]:
-    tuning, entry = config.tuning, config.entries[name]
+    how, root = config.tuning, Path(config.dir) / "tuning"
+    rates = {f"{name}-{factor:g}": config.entries[name].lr * factor for factor in how.factors}
     return [
-        Plan(
-            config,
-            name,
-            tuning.seed,
-            entry.lr * factor,
-            tuning.budget,
-            tuning.prompts,
-            (1.0,),
-            Path(config.dir) / "tuning" / f"{name}-{factor:g}",
-            guided=False,
-        )
-        for factor in tuning.factors
+        Plan(config, name, how.seed, lr, how.budget, how.prompts, (1.0,), root / folder, guided=False)
+        for folder, lr in rates.items()
     ]
 
 
-def _score(plan: Plan) -> float | None:
-    """The judge's mean on training prompts; None for a trial that failed."""
-    found, _, _ = cell.read(plan.result)
-    label = plan.config.evaluate.judge.label or plan.config.evaluate.judge.name
-    return means(found[-1].outcomes[label])["overall"] if found else None
+class _Tuned(NamedTuple):
+    """The learning rates that were tried, and the best one: the middle one if all failed."""
+
+    trials: list[Trial]
+    rate: float
 
 
-def _chosen(plans: Sequence[Plan]) -> float:
-    """The best learning rate; the middle one if all failed."""
-    scores = {plan.lr: found for plan in plans if (found := _score(plan)) is not None}
-    return max(scores, key=lambda lr: scores[lr]) if scores else plans[len(plans) // 2].lr
+def _tuned(plans: Sequence[Plan]) -> _Tuned:
+    """The judge's means on training prompts, of the samples that it could judge in every trial."""
+    done = [plan for plan in plans if plan.result.is_file()]
+    scores: dict[float, float] = {}
+    if done:
+        label = plans[0].config.evaluate.judge.key
+        kept, _ = comparison.common(*(cell.read(plan.result)[0][-1].outcomes[label] for plan in done))
+        found = [comparison.means(one)["overall"] for one in kept]
+        scores = {plan.lr: value for plan, value in zip(done, found, strict=True)}
+    trials = [Trial(learning_rate=plan.lr, score=scores.get(plan.lr)) for plan in plans]
+    return _Tuned(trials, max(scores, key=lambda lr: scores[lr]) if scores else plans[len(plans) // 2].lr)
 
 
 def _base(config: cfg.ArenaConfig) -> Snapshot:
     """The model that all cells start from."""
-    plan = _plan(config, next(iter(config.entries)), config.seeds[0], 0.0)
     path = Path(config.dir) / "base.json"
     if not path.is_file():
-        found = cell.judged(plan, None, 0, 0, 0.0, last=True)
-        write_json(path, {"lr": 0.0, "snapshots": [cell.asdict(found)]})
+        plan = _plan(config, next(iter(config.entries)), config.seeds[0])
+        cell.write(path, 0.0, [judged(plan, None, 0, 0, 0.0, last=True)])
     return cell.read(path)[0][0]
+
+
+# --- what came out --------------------------------------------------------------------------------------------------
 
 
 def report(config: cfg.ArenaConfig, base: Snapshot) -> ArenaResults:
     """Put together what has run, as JSON and as a page."""
-    how = config.evaluate
-    main = how.judge.label or how.judge.name
-    labels = {main: Label(title=f"held-out {main}", about="no guidance, as in training")}
-    labels |= {
-        one.label or one.name: Label(title=f"held-out {one.label or one.name}", about="no guidance")
-        for one in how.panel
-    }
-    labels["guided"] = Label(title="guided", about=f"{main}, guidance {how.guided.guidance:g}")
+    how, tuning = config.evaluate, config.tuning
     entries, cells, waiting = _found(config)
     ran = {BASE, *(entry.name for entry in entries)}
-    contrasts = [Contrast.model_validate(one) for one in config.contrasts]
-    targets = [Target.model_validate(one) for one in config.targets]
-    notes = [*config.notes, *([f"Not run yet: {', '.join(waiting)}."] if waiting else [])]
-    tuning = config.tuning
+    prompts = [str(record.prompt) for record in read_prompts(how.prompts, how.seed)]
+    trained_on = _trained_on(config)
     results = summarise(
         config.title,
         base,
         entries,
         cells,
-        labels=labels,
-        contrasts=[one for one in contrasts if {one.first, one.second} <= ran],
+        labels=_labels(config),
+        contrasts=[one for one in config.contrasts if {one.first, one.second} <= ran],
         targets=[
             one.model_copy(update={"asked": [name for name in one.asked if name in ran]})
-            for one in targets
+            for one in config.targets
             if {one.of, one.reference or BASE} <= ran
         ],
-        main=main,
-        trained=next(one.label or one.name for one in how.panel),
+        main=how.judge.key,
+        trained=next(one.key for one in how.panel if _weight(config, one)),
+        trained_prompts=len({*prompts} & trained_on),
+        trained_samples=sum(prompt in trained_on for prompt in prompts),
         tuning=f"{len(tuning.factors)} learning rates per method, {tuning.budget:,} network evaluations each, "
-        f"judged on {tuning.prompts.source} with seed {tuning.seed}",
+        f"judged on {tuning.prompts.source} with seed {tuning.seed}; beside the budget",
         settings=_described(config),
-        notes=notes,
+        waiting=waiting,
+        machine=f"{datetime.date.today()}, {described()}",
         command=" ".join(["diffalign", *sys.argv[1:]]),
     )
     out = Path(config.out)
-    write(out / RESULTS, results)
-    page.write(out / RESULTS)
+    write(out / FILE, results)
+    page.write(out / FILE)
     return results
 
 
+def _weight(config: cfg.ArenaConfig, spec: cfg.ScorerConfig) -> float:
+    """What a scorer counts in the reward that is trained on, under whatever label."""
+    alike = [one.key for one in config.scorers if (one.name, one.params) == (spec.name, spec.params)]
+    return sum(config.reward.get(key, 0.0) for key in alike)
+
+
+def _labels(config: cfg.ArenaConfig) -> dict[str, Label]:
+    """The columns of the table."""
+    how = config.evaluate
+    found = {}
+    for one in (how.judge, *how.panel):
+        weight = _weight(config, one)
+        trained = f", weight {weight:g} in the reward on training prompts" if weight else ", not in the reward"
+        found[one.key] = Label(title=f"held-out {one.key}", about=f"{_sampled(how.sampling)}{trained}")
+    return {**found, "guided": Label(title="guided", about=f"{how.judge.key}, {_sampled(how.guided)}")}
+
+
+def _sampled(how: cfg.SamplingConfig) -> str:
+    return f"{how.steps} steps, {'no guidance' if how.guidance == 1 else f'guidance {how.guidance:g}'}"
+
+
+def _trained_on(config: cfg.ArenaConfig) -> set[str]:
+    """Prompts of pools and rounds."""
+    sources = [config.pool_prompts, *([config.rounds.prompts] if config.rounds.prompts else [])]
+    return {str(record.prompt) for source in sources for record in read_prompts(source, 0)}
+
+
 def _found(config: cfg.ArenaConfig) -> tuple[list[Entry], list[Cell], list[str]]:
-    """The entries that have run, their cells, and the names of the others."""
+    """The entries that have run, their cells, and the titles of the others."""
     entries, cells, waiting = [], [], []
     for name, entry in config.entries.items():
-        plans = [_plan(config, name, seed, 0.0) for seed in config.seeds]
-        done = [plan for plan in plans if plan.result.is_file()]
-        if not done:
-            waiting += [name] if not config.only or name in config.only else []
+        plans = [_plan(config, name, seed) for seed in config.seeds]
+        own = [found for found in map(_cell, plans) if found is not None]
+        if not own:
+            waiting += [entry.title] if not config.only or name in config.only else []
             continue
-        tried = [
-            Trial(learning_rate=plan.lr, score=_score(plan)) for plan in _trials(config, name) if plan.result.is_file()
-        ]
-        for plan in done:
-            found, error, lr = cell.read(plan.result)
-            cells.append(Cell(name, plan.seed, found, error))
+        rates = [cell.read(plan.result)[1] for plan in plans if plan.result.is_file()]
+        tuned = _tuned(_trials(config, name))
+        cells += own
         entries.append(
-            Entry(name=name, title=entry.title, group=entry.group, note=entry.note, learning_rate=lr, tuning=tried)
+            Entry(
+                name=name,
+                title=entry.title,
+                group=entry.group,
+                note=entry.note,
+                learning_rate=rates[0] if rates else tuned.rate,
+                tuning=tuned.trials,
+            )
         )
     return entries, cells, waiting
+
+
+def _cell(plan: Plan) -> Cell | None:
+    """What became of a cell, if it was run."""
+    if plan.result.is_file():
+        return Cell(plan.name, plan.seed, cell.read(plan.result)[0])
+    if plan.failure.is_file():
+        reason = plan.failure.read_text(encoding="utf-8").strip().splitlines()[-1]
+        return Cell(plan.name, plan.seed, [], reason)
+    return None
 
 
 def _described(config: cfg.ArenaConfig) -> dict[str, object]:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffalign.arena.results import BASE, Scored
+from diffalign.arena.results import Scored
 from diffalign.comparison import Outcomes, bootstrap, common, interval, means, over_seeds
+from diffalign.config.arena import BASE
 
 
 class Snapshot(NamedTuple):

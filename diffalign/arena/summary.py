@@ -10,9 +10,7 @@ from typing import Any
 from diffalign import comparison
 from diffalign.arena.answers import answer, reach
 from diffalign.arena.results import (
-    BASE,
     ArenaResults,
-    Contrast,
     Entry,
     EntryResult,
     Failure,
@@ -21,9 +19,9 @@ from diffalign.arena.results import (
     Peak,
     Scored,
     Spread,
-    Target,
 )
 from diffalign.arena.scores import Cell, Score, Scores, Snapshot, measured
+from diffalign.config.arena import BASE, Contrast, Target
 from diffalign.errors import UserError
 from diffalign.overoptimisation import onset
 
@@ -53,7 +51,7 @@ def summarise(
         targets: questions about the network evaluations that a score takes.
         main: label that entries are ranked by; held out.
         trained: label of the reward that was trained on, to see over-optimisation.
-        described: ``tuning``, ``settings``, ``notes``, ``command`` of :class:`ArenaResults`.
+        described: the other fields of :class:`ArenaResults`.
 
     Raises:
         UserError: names or labels that are not there, or runs that were not judged alike.

@@ -87,3 +87,8 @@ class ScorerConfig(Strict):
     name: str = Field(description="a scorer name, see `diffalign list scorers`, or `package.module:build`")
     label: str | None = Field(default=None, description="label to write; default: the scorer's name")
     params: dict[str, Json] = Field(default_factory=dict, description="keyword arguments of the scorer's build()")
+
+    @property
+    def key(self) -> str:
+        """The label that it writes."""
+        return self.label or self.name

@@ -38,6 +38,7 @@ from diffalign.train.core import (
 )
 from diffalign.train.data import cache_folder, encode
 from diffalign.train.run import find_checkpoint
+from diffalign.train.tally import Cost
 from diffalign.types import Batch, Method
 
 REMEMBERED = 1e-5
@@ -64,10 +65,10 @@ def run(config: cfg.TrainConfig, dry_run: bool = False) -> Path:
     return job.core.run.folder
 
 
-def cost(config: cfg.TrainConfig) -> float:
-    """Network evaluations of a step of a run, by taking one; nothing is written but the cache."""
+def cost(config: cfg.TrainConfig) -> Cost:
+    """Of a step, by taking one; nothing is written but the cache."""
     job = _prepare(config)
-    return _step(job, 0, next(_schedule(job, 0)))["evaluations"]
+    return Cost(_step(job, 0, next(_schedule(job, 0)))["evaluations"], 1)
 
 
 def _prepare(config: cfg.TrainConfig) -> Job:

@@ -26,6 +26,7 @@ from diffalign.train.human import Nobody
 from diffalign.train.job import Job, prepare
 from diffalign.train.rollout import Group, Rollout, assemble
 from diffalign.train.round import Item, Round, share
+from diffalign.train.tally import Cost
 from diffalign.types import Method
 
 ORDER, TRAIN = 3, 4
@@ -44,14 +45,14 @@ def run(config: cfg.TrainConfig, dry_run: bool = False) -> Path:
     return job.core.run.folder
 
 
-def cost(config: cfg.TrainConfig) -> float:
-    """Network evaluations of a round of a run, by beginning one; nothing is written."""
+def cost(config: cfg.TrainConfig) -> Cost:
+    """Of a round, by beginning one without refills; nothing is written."""
     job = prepare(config)
     assert job.core.tally is not None
     made = make_round(job, 0)
     sampling = float(job.core.tally.take())
     update = _update(job, made, 0, next(made.parts(job.settings, _seed(job))))
-    return sampling + job.settings.updates * update["evaluations"]
+    return Cost(sampling + job.settings.updates * update["evaluations"], job.settings.updates)
 
 
 # --- a round --------------------------------------------------------------------------------------------------------

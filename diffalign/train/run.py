@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +30,11 @@ from torch import Tensor
 from diffalign.errors import UserError
 from diffalign.files import remove_folder, replacing, replacing_folder, sweep, write_json, writing
 from diffalign.foreign import tensor_digest
+from diffalign.machine import versions
 from diffalign.sharding import is_sharded, spread_optimizer, whole, whole_optimizer
 from diffalign.weights import Weights
 
 SHORT = 128  # positions; at 64 plain products win, at 256 the fused kernel does
-LIBRARIES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a result."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
 def peak_memory(device: torch.device) -> float:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.types import Condition
+
+
+class Cost(NamedTuple):
+    """What a run takes at the least: its smallest whole, a round of an online run, else a step."""
+
+    evaluations: float
+    """Of the network, by all processes, sampling included: forward 1, backward 2, per sample."""
+    updates: int
+    """Of the optimiser."""
 
 
 class Tally:

@@ -18,7 +18,7 @@ LEVELS = (
     {
         *("files", "families", "weights", "kohya", "records", "results", "importers", "scoring", "worlds"),
         *("media", "networks", "mesh", "foreign", "sharding", "parquet", "extractors", "engines", "engine_ray"),
-        *("wire", "outcomes"),
+        *("wire", "outcomes", "machine"),
     },
     {"estimate", "samplers", "draws"},
     {"methods"},

@@ -120,3 +120,65 @@ def test_an_entry_without_data_is_refused(arena, cli):
     result = cli("arena", arena, "entries.dpo.build=null")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "entries.dpo" in result.err
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("entries.awm.online={grups: 3}", ["entries.awm", "grups"]),
+        ("entries.dpo.build={ruel: ranked}", ["entries.dpo", "ruel"]),
+        ("entries.dpo.method.name=dppo", ["entries.dpo", "dppo"]),
+        ("optim={lerning: 1}", ["lerning"]),
+        ("contrasts=[{question: q, first: awmm}]", ["contrasts.0", "awmm", "awm"]),
+        ("contrasts=[{question: q, first: awm, label: nice}]", ["contrasts.0", "nice"]),
+        ("targets=[{question: q, asked: [dpoo]}]", ["targets.0", "dpoo"]),
+        ("targets=[{question: q, offf: awm}]", ["targets", "offf"]),
+        ("only=[dr]", ["only", "dr"]),
+        ("evaluate.panel=[]", ["evaluate.panel"]),
+        ("evaluate.panel=[{name: picture}]", ["evaluate.panel", "graded"]),
+        ("reward={beauty: 1}", ["reward", "beauty"]),
+        ("moments=[0.5, 0.2, 1.0]", ["moments", "rise"]),
+        ("moments=[0.5]", ["moments", "rise"]),
+        ("model.lora=null", ["model.lora"]),
+    ],
+)
+def test_what_a_cell_would_refuse_is_refused_before_anything_runs(arena, cli, tmp_path, override, names):
+    result = cli("arena", arena, f"dir={tmp_path / 'cells'}", override)
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert all(name in result.err for name in names), result.err
+    assert not (tmp_path / "cells").exists()
+
+
+def test_a_cell_of_other_settings_is_not_taken_for_this_one(arena, cli):
+    result = cli("arena", arena, "entries.dpo.batch=2", "--dry-run")
+    assert result.code == 2
+    assert "batch" in result.err
+    assert cli("arena", arena, "entries.dpo.title=Another name", "--dry-run").code == 0
+
+
+def test_a_failed_cell_says_why_and_runs_again(arena, cli, monkeypatch):
+    from diffalign.arena import cell as cells
+
+    (arena.parent / "cells/cells/awm-0/cell.json").unlink()
+
+    def fail(*_, **__):
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "judged", fail)
+        assert cli("arena", arena).code == 0
+    failed = (arena.parent / "cells/cells/awm-0/failed.txt").read_text()
+    assert "Traceback" in failed
+    assert "RuntimeError: out of luck" in (arena.parent / "out/arena.html").read_text()
+    assert cli("arena", arena).code == 0
+    assert "out of luck" not in (arena.parent / "out/arena.html").read_text()
+    assert not (arena.parent / "cells/cells/awm-0/failed.txt").exists()
+
+
+def test_moments_are_judged_at_the_nearest_multiple_of_the_first(arena, cli, tmp_path):
+    changes = ["moments=[0.2, 0.33, 1.0]", "only=[awm]", "contrasts=[]", "targets=[]", "budget=960"]
+    result = cli("arena", arena, f"dir={tmp_path / 'cells'}", f"out={tmp_path / 'out'}", *changes)
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "cells/cells/awm-0/cell.json").read_text())["snapshots"]
+    last = found[-1]["updates"]
+    assert [one["updates"] / last for one in found] == [0.2, 0.4, 1.0]

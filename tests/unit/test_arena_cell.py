@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diffalign.arena.cell import diversity, exchanged
+from diffalign.arena.judge import diversity
+from diffalign.arena.pool import exchanged
 from diffalign.held_out import weighted
 from diffalign.records import Candidate, Record
 from diffalign.train.tally import Tally

@@ -86,7 +86,10 @@ def results(**changes) -> ArenaResults:
         ],
         "tuning": "Three rates each.",
         "settings": {"sampler": {"steps": 20, "name": "euler"}, "budget": 1_200_000, "tasks": ["a", "b"]},
-        "notes": ["A note."],
+        "waiting": ["Another"],
+        "trained_prompts": 1,
+        "trained_samples": 2,
+        "machine": "a machine",
         "command": "diffalign arena <config>",
     }  # fmt: skip
     return ArenaResults.model_validate(content | changes)
@@ -130,9 +133,14 @@ def test_answers_numbers_and_settings_are_shown():
     assert "768 samples of 192 prompts" in shown
 
 
+def test_prompts_of_training_are_owned_up_to():
+    assert "1 of them, 2 of" in text(arena_page.page(results()))
+    assert "which none of them trained on" in text(arena_page.page(results(trained_prompts=0)))
+
+
 def test_over_optimisation_is_told_apart():
     shown = text(arena_page.page(results()))
-    assert "Method fell .50 1 .100 2 .400 −.10 −.13 to −.07" in shown
+    assert "Method fell .50 1 0.1 2 0.4 −.10 −.13 to −.07" in shown
     assert "Not seen within this budget: Method on" in shown
 
 
