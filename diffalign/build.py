@@ -49,7 +49,7 @@ def run(config: BuildConfig, dry_run: bool = False) -> Path:
         UserError: a record lacks what the rule needs, an option does not belong to the rule, or all rewards tie.
     """
     source, out = siblings(config.records, config.out)
-    _check(config)
+    check(config)
     builder = Builder(config, source)
     outputs = stage_files(out, config.stages or 1)
     if dry_run:
@@ -88,7 +88,12 @@ def _write(builder: Builder, outputs: Sequence[Path]) -> None:
             puts[stage](record)
 
 
-def _check(config: BuildConfig) -> None:
+def check(config: BuildConfig) -> None:
+    """Refuse rules that do not go together.
+
+    Raises:
+        UserError: which.
+    """
     for option, rules in OPTIONS.items():
         value = getattr(config, option)
         if value not in (None, {}) and config.rule not in rules:

@@ -37,6 +37,11 @@ def outcomes(path: Path, label: str) -> dict[str, dict[str, list[float]]]:
     return {task: dict(prompts) for task, prompts in found.items()}
 
 
+def is_judged(model: Outcomes) -> bool:
+    """Whether the scorer did not fail on every sample."""
+    return any(math.isfinite(value) for prompts in model.values() for row in prompts.values() for value in row)
+
+
 def common(*models: Outcomes) -> tuple[list[Outcomes], int]:
     """Outcomes without the samples that a scorer failed on, of every model alike, so that pairs stay pairs.
 

@@ -30,11 +30,6 @@ def _indices(groups: Sequence[Hashable]) -> tuple[list[int], int]:
     return [names[name] for name in groups], len(names)
 
 
-def contiguous(samples: int, size: int) -> list[int]:
-    """Groups of ``size`` neighbours each."""
-    return [index // size for index in range(samples)]
-
-
 def _deviation(centred: Tensor, ddof: int) -> Tensor:
     return (centred.square().sum(0) / max(len(centred) - ddof, 1)).sqrt()
 

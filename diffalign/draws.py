@@ -14,7 +14,7 @@ from diffalign.estimate import flatten_condition
 from diffalign.randomness import Generator, device_of, rand, randn
 from diffalign.registry import check_parameters
 from diffalign.schedule import Discrete, Rectified, expand
-from diffalign.types import Batch, DiffusionFamily, Draw, Family, Path, Schedule, Weights
+from diffalign.types import Batch, DiffusionFamily, Draw, Family, SampledPath, Schedule, Weights
 
 Times = Literal["discrete", "discrete_wo_init", "discrete_with_init", "uniform", "logit_normal", "permuted"]
 
@@ -206,7 +206,7 @@ def _continuous(kind: str, shape: tuple[int, int, int], line: Rectified, generat
     return torch.stack(rows)[:, None].expand(shape)
 
 
-def _path(batch: Batch) -> Path:
+def _path(batch: Batch) -> SampledPath:
     if batch.path is None:
         raise UserError("this draw reads sampling trajectories, which offline data do not have")
     return batch.path

@@ -116,17 +116,24 @@ def sidecar_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.meta.json")
 
 
-def claim(output: Path, identity: dict[str, Any], *parts: Path, write: bool = True) -> None:
+def claim(
+    output: Path,
+    identity: dict[str, Any],
+    *parts: Path,
+    write: bool = True,
+    advice: str = "choose another `out` or delete it",
+) -> None:
     """Tie a resumable output to what decides its content: new outputs note it in their sidecar, old ones must match.
 
     Args:
         identity: with ``count``, the number of records of the finished output, for :func:`require_complete`.
         parts: what belongs to the output beside it, such as its media folder.
+        advice: what to do about an output of something else.
 
     Raises:
         UserError: the output was made from something else, or by something else.
     """
-    sidecar, advice = sidecar_of(output), "choose another `out` or delete it"
+    sidecar = sidecar_of(output)
     made = next((path for path in (output, *parts) if _holds_something(path)), None)
     if made is None:
         if write:

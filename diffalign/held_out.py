@@ -14,7 +14,7 @@ from diffalign.comparison import Outcomes
 from diffalign.generate import candidate_seed, chunks, sample_media
 from diffalign.records import Record
 from diffalign.scoring import Score, Scorer, score_batch
-from diffalign.train.feedback import requests, shown
+from diffalign.train.feedback import as_samples, requests
 from diffalign.types import Sampling
 
 
@@ -48,7 +48,7 @@ def judge(
         for group in chunks(prompts, batch):
             asked = requests(family, group, root, (candidate_seed(seed, record.id, 0) for record in group))
             made.append(sample_media(family, asked, sampling).cpu())
-            with shown(family, group, made[-1], root) as samples:
+            with as_samples(family, group, made[-1], root) as samples:
                 for label, scorer in scorers.items():
                     outcomes = score_batch(label, scorer, samples, [record.id for record in group])
                     for record, outcome in zip(group, outcomes, strict=True):

@@ -15,7 +15,7 @@ from diffalign.errors import UserError, nearest
 from diffalign.likelihood import wide
 from diffalign.schedule import Discrete, expand
 from diffalign.transitions import Step
-from diffalign.types import Condition, DiffusionFamily, Path, Schedule, joined
+from diffalign.types import Condition, DiffusionFamily, SampledPath, Schedule, joined
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x_t (N, ...), t scalar or (N,)) -> prediction (N, ...)."""
@@ -245,7 +245,7 @@ def rollout(
     noise: Iterator[Tensor],
     window: tuple[int, int] | None = None,
     still: Transition | None = None,
-) -> tuple[Tensor, Path]:
+) -> tuple[Tensor, SampledPath]:
     """A stochastic trajectory with everything that training on its transitions needs.
 
     Args:
@@ -274,7 +274,7 @@ def rollout(
         if index < first:
             states = [x]
     t = grid[first : end + 1].expand(len(x), -1)
-    return x, Path(t, torch.stack(states, 1), torch.stack(predictions, 1))
+    return x, SampledPath(t, torch.stack(states, 1), torch.stack(predictions, 1))
 
 
 SAMPLERS: dict[str, Callable[[Predict, Tensor, Tensor], Tensor]] = {

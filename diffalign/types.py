@@ -26,7 +26,7 @@ Labels = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
+class SampledPath:
     """A sampling trajectory: ``t`` (B, K, T+1), ``x`` (B, K, T+1, ...), ``prediction`` (B, K, T, ...)."""
 
     t: Tensor
@@ -44,7 +44,7 @@ class Batch:
     labels: Labels
     mask: Tensor | None = None
     """(B, K, U) units that count; None for all."""
-    path: Path | None = None
+    path: SampledPath | None = None
     present: Tensor | None = None
     """(B, K) 0 for the candidates that only pad a shorter list; None for none. An empty completion is present."""
     known: Mapping[Role, Tensor] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        path = self.path and Path(*(getattr(self.path, n).to(device) for n in ("t", "x", "prediction")))
+        path = self.path and SampledPath(*(getattr(self.path, n).to(device) for n in ("t", "x", "prediction")))
         return Batch(
             self.x0.to(device),
             {name: value.to(device) for name, value in self.cond.items()},
@@ -71,7 +71,7 @@ class Batch:
             cond={name: value[index] for name, value in self.cond.items()},
             labels={name: value[index] for name, value in self.labels.items()},
             mask=None if self.mask is None else self.mask[index],
-            path=self.path and Path(self.path.t[index], self.path.x[index], self.path.prediction[index]),
+            path=self.path and SampledPath(self.path.t[index], self.path.x[index], self.path.prediction[index]),
             present=None if self.present is None else self.present[index],
             known={role: errors[index] for role, errors in self.known.items()},
         )

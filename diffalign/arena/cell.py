@@ -12,6 +12,7 @@ from diffalign.arena import pool
 from diffalign.arena.judge import judged
 from diffalign.arena.plan import Plan
 from diffalign.arena.scores import Snapshot
+from diffalign.errors import UserError
 from diffalign.files import write_json
 from diffalign.train import start
 from diffalign.train.run import snapshots
@@ -36,7 +37,9 @@ def _snapshots(plan: Plan) -> list[Snapshot]:
         pool.make_records(plan)
     each = start.cost(plan.training(1))
     stages = round(1 / plan.moments[0])
-    per_stage = max(1, round((plan.budget - cost) / each.evaluations / stages)) * each.updates
+    per_stage = round((plan.budget - cost) / each.evaluations / stages) * each.updates
+    if not per_stage:
+        raise UserError(f"budget: {plan.budget:,} evaluations are too few to judge after {plan.moments[0]:g} of them")
     start.run(plan.training(per_stage * stages, save_every=per_stage))
     lines = [json.loads(line) for line in (plan.folder / "train/metrics.jsonl").read_text().splitlines()]
     wanted = {round(share * stages) * per_stage for share in plan.moments}
@@ -48,6 +51,8 @@ def _snapshots(plan: Plan) -> list[Snapshot]:
         used = cost + round(sum(line["evaluations"] for line in done))
         spent = seconds + sum(line["cpu"] for line in done)
         found.append(judged(plan, lora, step, used, spent, last=step == max(wanted)))
+    if len(found) < len(wanted):
+        raise UserError(f"judged {len(found)} times, expected {len(wanted)}: the run ended early")
     return found
 
 

@@ -21,15 +21,15 @@ from diffalign.train.experts import best
 def make(plan: Plan) -> tuple[int, float]:
     """Sample and score the pool, unless it is there; network evaluations and processor seconds it took."""
     config, folder = plan.config, plan.pool
-    rows = 2 if config.pool.guidance != 1.0 else 1
-    per_prompt = config.candidates * config.pool.steps * rows
-    prompts = read_prompts(config.pool_prompts, plan.seed)
-    wanted = min(len(prompts), int(plan.budget * config.pool_share / per_prompt))
     done = folder / "cost.json"
     if done.is_file():
         known = json.loads(done.read_text())
         return known["evaluations"], known["seconds"]
     begun = time.process_time()
+    rows = 2 if config.pool.guidance != 1.0 else 1
+    per_prompt = config.candidates * config.pool.steps * rows
+    prompts = read_prompts(config.pool_prompts, plan.seed)
+    wanted = min(len(prompts), int(plan.budget * config.pool_share / per_prompt))
     order = np.random.default_rng(plan.seed).permutation(len(prompts))[:wanted]
     folder.mkdir(parents=True, exist_ok=True)
     store.write(folder / "prompts.jsonl", [prompts[n] for n in order])

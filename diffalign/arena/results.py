@@ -294,3 +294,18 @@ def _listed(names: list[str]) -> str:
 
 def _capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
+
+
+def markdown(results: ArenaResults) -> str:
+    """The final scores as a table, the best first."""
+    lines = ["| method | held-out score | gain (95 % interval) | KL to the base |", "|---|---:|---:|---:|"]
+    for one in results.ranked():
+        if one.final is None:
+            lines.append(f"| {one.entry.title} | failed | | |")
+            continue
+        score = one.final.scores[results.main]
+        gain = shown(score.difference, score.difference_interval, sign=True)
+        assert gain
+        cells = (one.entry.title, number(score.policy), f"{gain.value} ({gain.interval})", count(one.final.kl.mean))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])

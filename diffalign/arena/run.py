@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import datetime
 import logging
-import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
 
-from diffalign import comparison, score
+from diffalign import build, comparison, score
 from diffalign import config as cfg
 from diffalign.arena import cell, page, pool
 from diffalign.arena.judge import judged
@@ -33,6 +33,7 @@ from diffalign.files import claim
 from diffalign.machine import described
 from diffalign.methods import resolve
 from diffalign.prompts import read_prompts
+from diffalign.train import job
 
 SHARED = {"model", "scorers", "reward", "pool", "pool_prompts", "pool_share", "candidates", "rounds", "optim"}
 SHARED |= {"precision", "budget", "moments", "tuning", "evaluate"}
@@ -46,41 +47,53 @@ def run(config: cfg.ArenaConfig, dry_run: bool = False) -> Path:
         UserError: something of the config does not fit, or cells were made with other settings.
     """
     root = Path(config.dir)
-    chosen = [name for name in config.entries if not config.only or name in config.only]
-    trials = {name: _trials(config, name) for name in chosen}
-    cells = {seed: [_plan(config, name, seed) for name in chosen] for seed in config.seeds}
-    plans = [plan for own in (*trials.values(), *cells.values()) for plan in own]
-    _check(config, plans)
+    trials = {name: _trials(config, name) for name in config.entries}
+    cells = {seed: [_plan(config, name, seed) for name in config.entries] for seed in config.seeds}
+    _check(config, [own[0] for own in trials.values()])
     claim(root / "arena.json", config.model_dump(mode="json", include=SHARED), root, write=not dry_run)
-    for plan in plans:
-        claim(plan.result, plan.identity(), plan.folder / "train", write=not dry_run)
+    for plan in (plan for own in (*trials.values(), *cells.values()) for plan in own):
+        _claim(plan, plan.identity(), write=False)
+    chosen = config.only or list(config.entries)
     if dry_run:
-        print(f"would run {len(plans)} cells of {len(chosen)} methods into {root}, results into {config.out}")
+        count = sum(len(trials[name]) for name in chosen) + len(chosen) * len(cells)
+        print(f"would run {count} cells of {len(chosen)} methods into {root}, results into {config.out}")
         return root
     base = _base(config)
     with _Workers(config.workers or (1 if torch.cuda.is_available() else 2)) as workers:
-        workers.run("tuning", [plan for own in trials.values() for plan in own])
-        rates = {name: _tuned(own).rate for name, own in trials.items()}
+        workers.run("tuning", [plan for name in chosen for plan in trials[name]])
+        rates = {name: _tuned(trials[name]).rate for name in chosen}
         for seed, own in cells.items():
-            workers.run(f"seed {seed}", [_plan(config, plan.name, seed, rates[plan.name]) for plan in own])
+            workers.run(f"seed {seed}", [replace(plan, lr=rates[plan.name]) for plan in own if plan.name in rates])
             results = report(config, base)
     print("\n".join(headline(results)))
     return Path(config.out) / page.PAGE
 
 
+def _claim(plan: Plan, identity: dict[str, Any], *, write: bool) -> None:
+    """Refuse files that a cell of other settings left."""
+    advice = f"delete {plan.folder}, choose another `dir`, or give the entry another name"
+    claim(plan.result, identity, plan.folder / "train", write=write, advice=advice)
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
-def _check(config: cfg.ArenaConfig, plans: Sequence[Plan]) -> None:
-    """Refuse before anything runs what a cell or the report would refuse after hours."""
+def _check(config: cfg.ArenaConfig, plans: Iterable[Plan]) -> None:
+    """Refuse before anything runs what a cell or the report would refuse after hours.
+
+    Args:
+        plans: one of every entry.
+    """
     if config.model.lora is None:
         raise UserError("model.lora: an arena compares LoRAs; give its rank")
     for name in config.only:
         _known("only", name, config.entries)
-    for plan in {plan.name: plan for plan in plans if plan.lr > 0}.values():  # those of tuning
+    for plan in plans:
         _check_entry(plan)
     trained = score.by_label(config.scorers)
     labels = score.by_label([config.evaluate.judge, *config.evaluate.panel])
+    if "guided" in labels:
+        raise UserError("evaluate.panel: the label `guided` is that of the judge with guidance; choose another")
     for name in config.reward:
         _known("reward", name, trained)
     if not any(_weight(config, one) for one in config.evaluate.panel):
@@ -111,9 +124,14 @@ def _check_entry(plan: Plan) -> None:
     if plan.entry.online is None and plan.entry.build is None:
         raise UserError(f"{where}: give `build` rules, `online` settings, or both")
     try:
-        resolve(**plan.training(1).method.model_dump())
+        training = plan.training(1)
+        resolve(**training.method.model_dump())
+        if training.online is not None:
+            job.check(training)
+        if training.online is not None and training.online.stop is not None:
+            raise UserError("online.stop: would end before the budget; remove it")
         if plan.entry.build is not None:
-            plan.building()
+            build.check(plan.building())
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -151,6 +169,8 @@ class _Workers:
     def run(self, what: str, plans: Iterable[Plan]) -> None:
         """All cells that have no result yet."""
         missing = [plan for plan in plans if not plan.result.is_file()]
+        for plan in missing:
+            _claim(plan, {**plan.identity(), "chosen": plan.lr}, write=True)
         pools = {plan.pool: plan for plan in missing if plan.entry.build is not None}
         for plan in pools.values():  # before two cells want it at once
             pool.make(plan)
@@ -165,11 +185,11 @@ class _Workers:
             yield future.result()
 
 
-def _plan(config: cfg.ArenaConfig, name: str, seed: int, lr: float = math.nan) -> Plan:
-    """A cell; its learning rate only counts when it is run."""
+def _plan(config: cfg.ArenaConfig, name: str, seed: int) -> Plan:
+    """A cell; its learning rate is that of the middle until tuning has chosen one."""
     moments, prompts = tuple(config.moments), config.evaluate.prompts
     folder = Path(config.dir) / "cells" / f"{name}-{seed}"
-    return Plan(config, name, seed, lr, config.budget, prompts, moments, folder, guided=True)
+    return Plan(config, name, seed, config.entries[name].lr, config.budget, prompts, moments, folder, guided=True)
 
 
 def _trials(config: cfg.ArenaConfig, name: str) -> list[Plan]:
@@ -190,13 +210,11 @@ class _Tuned(NamedTuple):
 
 def _tuned(plans: Sequence[Plan]) -> _Tuned:
     """The judge's means on training prompts, of the samples that it could judge in every trial."""
-    done = [plan for plan in plans if plan.result.is_file()]
-    scores: dict[float, float] = {}
-    if done:
-        label = plans[0].config.evaluate.judge.key
-        kept, _ = comparison.common(*(cell.read(plan.result)[0][-1].outcomes[label] for plan in done))
-        found = [comparison.means(one)["overall"] for one in kept]
-        scores = {plan.lr: value for plan, value in zip(done, found, strict=True)}
+    label = plans[0].config.evaluate.judge.key
+    found = {plan.lr: cell.read(plan.result)[0][-1].outcomes[label] for plan in plans if plan.result.is_file()}
+    found = {lr: one for lr, one in found.items() if comparison.is_judged(one)}
+    kept = comparison.common(*found.values())[0] if found else []
+    scores = {lr: comparison.means(one)["overall"] for lr, one in zip(found, kept, strict=True)}
     trials = [Trial(learning_rate=plan.lr, score=scores.get(plan.lr)) for plan in plans]
     return _Tuned(trials, max(scores, key=lambda lr: scores[lr]) if scores else plans[len(plans) // 2].lr)
 
@@ -271,9 +289,13 @@ def _sampled(how: cfg.SamplingConfig) -> str:
 
 
 def _trained_on(config: cfg.ArenaConfig) -> set[str]:
-    """Prompts of pools and rounds."""
-    sources = [config.pool_prompts, *([config.rounds.prompts] if config.rounds.prompts else [])]
-    return {str(record.prompt) for source in sources for record in read_prompts(source, 0)}
+    """Prompts that some method saw in training or tuning."""
+    rounds = [{**config.rounds.model_dump(), **entry.online} for entry in config.entries.values() if entry.online]
+    own = [cfg.PromptsConfig.model_validate(one["prompts"]) for one in rounds if one["prompts"]]
+    sources = [config.pool_prompts, *([config.rounds.prompts] if config.rounds.prompts else []), *own]
+    seeds = (*config.seeds, config.tuning.seed)
+    found = {str(record.prompt) for source in sources for seed in seeds for record in read_prompts(source, seed)}
+    return found | {str(record.prompt) for record in read_prompts(config.tuning.prompts, config.evaluate.seed)}
 
 
 def _found(config: cfg.ArenaConfig) -> tuple[list[Entry], list[Cell], list[str]]:

@@ -134,7 +134,7 @@ def _broken(cell: Cell, labels: Mapping[str, Label]) -> str:
         if not (math.isfinite(one.kl) and math.isfinite(one.diversity)):
             return f"divergence or diversity is not a number after {one.updates} updates"
         for label, tasks in one.outcomes.items():
-            if not any(math.isfinite(v) for prompts in tasks.values() for row in prompts.values() for v in row):
+            if not comparison.is_judged(tasks):
                 return f"no sample could be judged ({label}) after {one.updates} updates"
     missing = [label for label in labels if label not in cell.snapshots[-1].outcomes]
     return f"the last snapshot lacks {', '.join(missing)}" if missing else ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diffalign.config.arena import ArenaConfig, ArenaEntry, ArenaEvaluation, ArenaTuning
 from diffalign.config.data import (
@@ -147,6 +147,12 @@ class RunConfig(Strict):
         description="after a loss that is not finite, go back to the last good checkpoint so often",
     )
     resume: str | None = Field(default=None, description="`latest` or a checkpoint folder")
+
+    @model_validator(mode="after")
+    def _average(self) -> RunConfig:
+        if self.ema is None and self.ema_every != 1:
+            raise ValueError("ema_every belongs to ema; set that too")
+        return self
 
 
 class TrainConfig(Strict):

@@ -94,7 +94,8 @@ class ArenaConfig(Strict):
     moments: list[float] = Field(
         default_factory=lambda: [0.25, 0.5, 1.0],
         min_length=1,
-        description="shares of the budget after which models are judged, to the nearest multiple of the first",
+        description="shares of the budget after which models are judged, to the nearest multiple of the first; the "
+        "budget is what such multiples, of whole rounds, come nearest to",
     )
     seeds: list[int] = Field(min_length=1)
     tuning: ArenaTuning
@@ -112,4 +113,14 @@ class ArenaConfig(Strict):
     def _moments(cls, value: list[float]) -> list[float]:
         if not (value[0] > 0 and value[-1] == 1.0 and all(a < b for a, b in pairwise(value))):
             raise ValueError("must rise from above 0 to 1")
+        stages = round(1 / value[0])
+        if abs(stages * value[0] - 1) > 0.01 or len({round(share * stages) for share in value}) < len(value):
+            raise ValueError("must be near to different multiples of the first, which must be one over a whole number")
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("must differ")
         return value

@@ -183,7 +183,12 @@ def _read_extended(path: Path) -> dict[str, Json]:
     parent = content.pop("extends", None)
     if parent is None:
         return content
-    base = _read_yaml(find(str(path.parent / str(parent))))
+    found = next(
+        (folder / str(parent) for folder in (path.parent, config_root()) if (folder / str(parent)).is_file()), None
+    )
+    if found is None:
+        raise ConfigError(f"{path}: extends {parent}, which is neither beside it nor a shipped config")
+    base = _read_yaml(found)
     if "extends" in base:
         raise ConfigError(f"{path}: extends {parent}, which itself extends another file; one level only")
     return _merge(base, content)

@@ -193,8 +193,9 @@ def apply(core: Core, step: int, rows: Sequence[dict[str, float]], *, teaches: b
     if core.tally is not None:
         taken = torch.tensor(float(core.tally.take()), device=core.run.device)
         metrics["evaluations"] = float(core.run.sum_over_ranks(taken))
-    any_teaches = bool(core.run.sum_over_ranks(torch.tensor(float(teaches), device=core.run.device)))
-    health.check(step + 1, metrics, any_teaches)
+    health.check(step + 1, metrics)
+    if step < 2 and core.run.sum_over_ranks(torch.tensor(float(teaches), device=core.run.device)):
+        health.check_moves(step + 1, metrics)
     core.update.apply()
     return metrics
 
@@ -235,7 +236,7 @@ def save(core: Core, step: int, extra: Mapping[str, Any] | None = None) -> None:
 
 
 def finish(core: Core) -> None:
-    """Write the final weights."""
+    """Write the final weights: the moving average's where there is one, else the policy's."""
     with exported(core) as net:
         if core.weights.lora:
             core.run.finish("lora", lambda folder: core.family.save_lora(folder, net))

@@ -21,8 +21,7 @@ from diffalign.rewards import level
 from diffalign.train.core import Core
 from diffalign.train.data import encode
 from diffalign.train.rollout import Group
-from diffalign.types import Batch, Method
-from diffalign.types import Path as Trajectory
+from diffalign.types import Batch, Method, SampledPath
 
 EXPERT = 6
 """What a key of random numbers is for."""
@@ -94,6 +93,6 @@ class Experts:
             batch,
             x0=torch.cat([experts.x0[:, :1], batch.x0], 1),
             labels={"reward": batch.x0.new_tensor([[1.0, 0.0]]).expand(len(groups), 2)},
-            path=Trajectory(twice(path.t), twice(path.x), twice(path.prediction)),
+            path=SampledPath(twice(path.t), twice(path.x), twice(path.prediction)),
             present=None,
         )

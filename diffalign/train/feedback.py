@@ -83,7 +83,7 @@ class Scorers:
     def _score(self, records: Sequence[Record], latents: Tensor) -> list[list[Outcome]]:
         """One outcome per sample and label."""
         begun = time.perf_counter()
-        with torch.no_grad(), shown(self._family, records, self._family.decode(latents), self._root) as samples:
+        with torch.no_grad(), as_samples(self._family, records, self._family.decode(latents), self._root) as samples:
             names = [f"a sample of {record.prompt!r}" for record in records]
             columns = [score_batch(label, scorer, samples, names) for label, scorer in self.scorers.items()]
         self.seconds["score"] += time.perf_counter() - begun
@@ -112,7 +112,7 @@ def _number(outcome: Outcome) -> float:
 
 
 @contextmanager
-def shown(family: Any, records: Sequence[Record], decoded: Tensor, root: Path) -> Iterator[list[Sample]]:
+def as_samples(family: Any, records: Sequence[Record], decoded: Tensor, root: Path) -> Iterator[list[Sample]]:
     """Decoded samples as scorers see them; clips and meshes as files that go away afterwards.
 
     Args:

@@ -25,19 +25,23 @@ class Diverged(UserError):
         self.step = step
 
 
-def check(step: int, metrics: Mapping[str, float], teaches: bool = True) -> None:
+def check(step: int, metrics: Mapping[str, float]) -> None:
     """Stop a run whose step ``step``, counted from 1, cannot be applied.
-
-    Args:
-        teaches: whether its data prefer anything; if not, a step that moves nothing is right.
 
     Raises:
         Diverged: a loss or gradient that is not finite.
-        UserError: the first two steps move nothing.
     """
     if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
         raise Diverged(step, f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; lower optim.lr")
-    if step <= 2 and teaches and metrics["grad_live"] == 0.0:
+
+
+def check_moves(step: int, metrics: Mapping[str, float]) -> None:
+    """Stop a run one of whose first steps has data that prefer something, and moves nothing.
+
+    Raises:
+        UserError: no gradient reached what trains.
+    """
+    if metrics["grad_live"] == 0.0:
         raise UserError(
             f"step {step}: no trainable parameter received a gradient; check model.lora.targets and the rewards"
         )

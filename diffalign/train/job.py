@@ -59,17 +59,17 @@ class Job:
 
 
 def prepare(config: cfg.TrainConfig) -> Job:
-    """Check everything that needs no model first, then load it."""
+    """Check everything that needs no model first, then load it.
+
+    Raises:
+        UserError: settings that do not go together, that nothing reads, or that do not share evenly.
+    """
     settings = config.online
     assert settings is not None
     find_checkpoint(Path(config.run.dir), config.run.resume)
-    method = resolve(**config.method.model_dump())
-    _check(config, settings, method)
-    _check_samples(settings, method)
-    window = window_range(settings, method)
+    method, window = check(config)
     if settings.window is not None:  # all of it is trained on
         method = replace(method, main=replace(method.main, draw=partial(method.main.draw, fraction=1.0)))  # type: ignore[arg-type]
-    shared.check_family(method, config.model.family)
     shared.check_model(config)
     roles, anchors = _roles(method, settings)
     copies = (*(role for role in anchors if role != "policy"), *(("evaluation",) if config.run.ema else ()))
@@ -94,6 +94,22 @@ def prepare(config: cfg.TrainConfig) -> Job:
         Watch(core, settings.stop, settings, trained) if settings.stop else None,
         Buffered(settings.credit.buffer, settings.credit.min_count) if settings.credit.buffer else None,
     )
+
+
+def check(config: cfg.TrainConfig) -> tuple[Method, tuple[int, int]]:
+    """The method of an online run and the steps that a window lies in, everything checked that needs no model.
+
+    Raises:
+        UserError: settings that do not go together, or that nothing reads.
+    """
+    settings = config.online
+    assert settings is not None
+    method = resolve(**config.method.model_dump())
+    _check(config, settings, method)
+    _check_credit(settings, method)
+    _check_samples(settings, method)
+    shared.check_family(method, config.model.family)
+    return method, window_range(settings, method)
 
 
 def _check(config: cfg.TrainConfig, settings: cfg.OnlineConfig, method: Method) -> None:
@@ -149,7 +165,6 @@ def _check_samples(settings: cfg.OnlineConfig, method: Method) -> None:
         raise UserError(
             f"online.samples: {method.name} compares samples of a prompt, at least {least} with this credit"
         )
-    _check_credit(settings, method)
 
 
 READ_BY = {
@@ -167,6 +182,8 @@ def _check_credit(settings: cfg.OnlineConfig, method: Method) -> None:
     """Refuse settings of credit that nothing would read."""
     credit, needed = settings.credit, needs(*method.terms)
     given = credit.model_fields_set
+    if is_replayed(method) and given:
+        raise UserError(f"online.credit: {method.name} learns from experts, not from rewards; remove it")
     for name in sorted(given):
         if name in ("pairs", "pareto") and getattr(credit, name) and needed.k != 2:
             raise UserError(f"online.credit.{name}: is for methods that compare two samples; {method.name} does not")

@@ -49,6 +49,7 @@ def cost(config: cfg.TrainConfig) -> Cost:
     """Of a round, by beginning one without refills; nothing is written."""
     job = prepare(config)
     assert job.core.tally is not None
+    job.settings = job.settings.model_copy(update={"refill": 0})
     made = make_round(job, 0)
     sampling = float(job.core.tally.take())
     update = _update(job, made, 0, next(made.parts(job.settings, _seed(job))))
@@ -225,8 +226,8 @@ def _check_on_policy(job: Job, result: Any) -> None:
     allowed = ON_POLICY[job.core.config.run.precision]
     if not worst <= allowed:
         raise UserError(
-            f"the importance ratio of fresh samples is exp({worst:.2e}), expected 1 within {allowed:g}: sampling and "
-            "training run the network differently"
+            f"the importance ratio of fresh samples is exp({worst:.2e}), expected exp(0) within {allowed:g} of the "
+            "exponent: sampling and training run the network differently"
         )
 
 

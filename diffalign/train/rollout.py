@@ -15,7 +15,7 @@ from diffalign import samplers
 from diffalign.estimate import step_of
 from diffalign.randomness import keyed, rand, randn
 from diffalign.records import Record
-from diffalign.types import Condition, Path
+from diffalign.types import Condition, SampledPath
 
 Keep = Literal["nothing", "transitions", "predictions"]
 """Of a path: nothing; steps with noise, whose log-prob is trained on; the states and predictions of a solver."""
@@ -40,7 +40,7 @@ class Chunk(NamedTuple):
     """Of all samples of this process, group by group."""
     latents: Tensor
     """(n, ...)."""
-    path: Path | None
+    path: SampledPath | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Roller:
         with torch.inference_mode():
             latents, path = self._run(predict, start, stream, index)
         # a copy made outside can take part in differentiation
-        whole = path and Path(path.t.clone(), path.x.clone(), path.prediction.clone())
+        whole = path and SampledPath(path.t.clone(), path.x.clone(), path.prediction.clone())
         return Chunk(rows, latents.clone(), whole)
 
     def _noise(self, index: int, rows: range, groups: Sequence[Group]) -> tuple[Tensor, list[torch.Generator]]:
@@ -103,7 +103,7 @@ class Roller:
 
     def _run(
         self, predict: samplers.Predict, x: Tensor, streams: list[torch.Generator], index: int
-    ) -> tuple[Tensor, Path | None]:
+    ) -> tuple[Tensor, SampledPath | None]:
         schedule = self.family.schedule
         grid = schedule.grid(self.sampling.steps).to(x.device)
         noise = _forever(x.shape, streams)
@@ -136,7 +136,7 @@ def _forever(shape: Sequence[int], streams: list[torch.Generator]) -> Iterator[T
 
 def _recorded(
     predict: samplers.Predict, x: Tensor, grid: Tensor, sampler: Callable[..., Tensor]
-) -> tuple[Tensor, Path]:
+) -> tuple[Tensor, SampledPath]:
     """A solver's sample, with the states it asked the network at and what that said."""
     times: list[Tensor] = []
     states: list[Tensor] = []
@@ -150,7 +150,7 @@ def _recorded(
 
     last = sampler(noted, x, grid)
     t = torch.stack([*times, grid[-1]]).expand(len(x), -1)
-    return last, Path(t, torch.stack([*states, last], 1), torch.stack(predictions, 1))
+    return last, SampledPath(t, torch.stack([*states, last], 1), torch.stack(predictions, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ class Rollout:
     """(G, ...)."""
     x0: Tensor
     """(G, S, ...)."""
-    path: Path | None
+    path: SampledPath | None
     """(G, S, T + 1, ...)."""
 
     def replaced(self, rows: Sequence[int], other: Rollout) -> Rollout:
@@ -185,7 +185,7 @@ class Rollout:
         cond = {name: put(value, both[1][name]) for name, value in both[0].items()}
         path = self.path
         if path is not None and other.path is not None:
-            path = Path(*(put(getattr(path, n), getattr(other.path, n)) for n in ("t", "x", "prediction")))
+            path = SampledPath(*(put(getattr(path, n), getattr(other.path, n)) for n in ("t", "x", "prediction")))
         return replace(self, groups=tuple(groups), cond=cond, x0=put(self.x0, other.x0), path=path)
 
 
@@ -205,5 +205,7 @@ def assemble(groups: Sequence[Group], samples: int, cond: Condition, chunks: Seq
     paths = [chunk.path for chunk in chunks if chunk.path is not None]
     path = None
     if paths:
-        path = Path(*(torch.cat([getattr(p, n) for p in paths]).unflatten(0, lead) for n in ("t", "x", "prediction")))
+        path = SampledPath(
+            *(torch.cat([getattr(p, n) for p in paths]).unflatten(0, lead) for n in ("t", "x", "prediction"))
+        )
     return Rollout(tuple(groups), cond, torch.cat([chunk.latents for chunk in chunks]).unflatten(0, lead), path)

@@ -16,7 +16,7 @@ from diffalign.methods import needs
 from diffalign.randomness import keyed
 from diffalign.train.experts import Experts, is_replayed
 from diffalign.train.rollout import Rollout
-from diffalign.types import Batch, Method, Path
+from diffalign.types import Batch, Method, SampledPath
 
 ITEMS = 5
 """What a key of random numbers is for."""
@@ -90,7 +90,7 @@ class Round:
             self.rollout.x0[rows],
             {name: value[groups.to(value.device)][:, None] for name, value in self.rollout.cond.items()},
             {name: value[groups, index].to(device) for name, value in self.labels.items()},
-            path=path and Path(path.t[rows], path.x[rows], path.prediction[rows]),
+            path=path and SampledPath(path.t[rows], path.x[rows], path.prediction[rows]),
             present=self.present[groups, index].to(device),
         )
         return (

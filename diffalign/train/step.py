@@ -125,6 +125,12 @@ def loss_step(
         generator: all randomness of the step.
         autocast: makes the precision context that every role runs in.
         world_mean: mean of a detached tensor over all ranks, for objectives with a global statistic (KTO).
+
+    Returns:
+        The terms of the loss with their graphs, metrics, and the log-probs of the main term.
+
+    Raises:
+        UserError: the batch lacks what the method reads.
     """
 
     def run(*terms: Term) -> LogProbs:

@@ -129,6 +129,17 @@ def test_an_entry_without_data_is_refused(arena, cli):
         ("entries.dpo.build={ruel: ranked}", ["entries.dpo", "ruel"]),
         ("entries.dpo.method.name=dppo", ["entries.dpo", "dppo"]),
         ("optim={lerning: 1}", ["lerning"]),
+        ("entries.awm.online={samples: 1}", ["entries.awm", "online.samples"]),
+        ("entries.awm.online={window: 5}", ["entries.awm", "online.window"]),
+        ("rounds.credit={spread: group}", ["entries.dro", "online.credit"]),
+        ("entries.dpo.build={rule: unpaired}", ["entries.dpo", "threshold"]),
+        (
+            "entries.awm.online.stop={prompts: {source: 'shapes:train'}, scorers: [{name: picture}]}",
+            ["entries.awm", "stop"],
+        ),
+        ("seeds=[0, 0]", ["seeds", "differ"]),
+        ("evaluate.panel.0.label=guided", ["guided"]),
+        ("moments=[0.7, 1.0]", ["moments", "multiples"]),
         ("contrasts=[{question: q, first: awmm}]", ["contrasts.0", "awmm", "awm"]),
         ("contrasts=[{question: q, first: awm, label: nice}]", ["contrasts.0", "nice"]),
         ("targets=[{question: q, asked: [dpoo]}]", ["targets.0", "dpoo"]),
@@ -153,7 +164,45 @@ def test_a_cell_of_other_settings_is_not_taken_for_this_one(arena, cli):
     result = cli("arena", arena, "entries.dpo.batch=2", "--dry-run")
     assert result.code == 2
     assert "batch" in result.err
+    assert "choose another `dir`" in result.err
+    assert cli("arena", arena, "entries.dpo.batch=2", "only=[awm]", "--dry-run").code == 2, "the page would show it"
     assert cli("arena", arena, "entries.dpo.title=Another name", "--dry-run").code == 0
+
+
+def test_a_trial_that_ran_later_changes_no_rate_of_a_cell(arena, cli):
+    trial = arena.parent / "cells/tuning/awm-2/cell.json"
+    unfinished, kept = arena.parent / "cells/cells/awm-0/cell.json", trial.read_text()
+    known = json.loads(unfinished.read_text())
+    other = {1e-3: 1.0, 2e-3: 0.0}[known["lr"]]  # makes the other rate the best
+    found = json.loads(kept)
+    for prompts in found["snapshots"][-1]["outcomes"]["correct"].values():
+        prompts.update({prompt: [other] * len(row) for prompt, row in prompts.items()})
+    trial.write_text(json.dumps(found))
+    unfinished.unlink()
+    result = cli("arena", arena)
+    assert result.code == 2
+    assert "chosen" in result.err
+    trial.write_text(kept)
+    assert cli("arena", arena).code == 0
+    assert json.loads(unfinished.read_text())["lr"] == known["lr"]
+
+
+def test_samples_that_a_trial_could_not_judge_count_for_none(arena):
+    from diffalign.arena import run as arenas
+    from diffalign.config import ArenaConfig
+    from diffalign.config.file import load
+
+    plans = arenas._trials(load(ArenaConfig, arena), "awm")
+    whole = arenas._tuned(plans)
+    path, kept = plans[0].result, plans[0].result.read_text()
+    found = json.loads(kept)
+    for prompts in found["snapshots"][-1]["outcomes"]["correct"].values():
+        prompts.update({prompt: [float("nan")] * len(row) for prompt, row in prompts.items()})
+    path.write_text(json.dumps(found))
+    lame = arenas._tuned(plans)
+    path.write_text(kept)
+    assert lame.rate == plans[1].lr
+    assert [trial.score for trial in lame.trials] == [None, whole.trials[1].score]
 
 
 def test_a_failed_cell_says_why_and_runs_again(arena, cli, monkeypatch):

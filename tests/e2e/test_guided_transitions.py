@@ -15,7 +15,7 @@ from diffalign.families.base import family_class, load_family
 from diffalign.samplers import guided, rollout
 from diffalign.schedule import Discrete
 from diffalign.transitions import FLOW_STEPS, ddim
-from diffalign.types import Batch, Draw, Path
+from diffalign.types import Batch, Draw, SampledPath
 from diffalign.weights import Weights, add_lora
 
 from . import tiny_parts
@@ -71,7 +71,9 @@ def batch_of(family: Any, guidance: float = GUIDANCE) -> Batch:
     with torch.no_grad():
         _, path = rollout(predict, normal(4, 4, 8, 8, seed=2), family.schedule.grid(STEPS), kind, noise)
     t, x, prediction = (getattr(path, part).unflatten(0, (2, 2)) for part in ("t", "x", "prediction"))
-    return Batch(x[:, :, -1], {name: value[:, None] for name, value in cond.items()}, {}, path=Path(t, x, prediction))
+    return Batch(
+        x[:, :, -1], {name: value[:, None] for name, value in cond.items()}, {}, path=SampledPath(t, x, prediction)
+    )
 
 
 def drawn(family: Any, batch: Batch, **options: Any) -> Draw:

@@ -183,6 +183,15 @@ class Counting:
         return [Score(self.slope * self.calls + 0.01 * n) for n in range(len(samples))]
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_an_average_stands_still_between_its_moves(cli, online, tmp_path, every):
+    path = online("awm", {"run": {"ema": 0.9, "ema_every": every}})
+    assert cli("train", path).code == 0
+    weights = load_file(tmp_path / "run/lora/pytorch_lora_weights.safetensors")
+    moved = any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
+    assert moved == (every <= 2), "of two updates"
+
+
 def test_stops_and_writes_the_best(cli, online, tmp_path, monkeypatch):
     """The held-out reward falls from the start: what is written is the start, a LoRA of nothing."""
     module: Any = ModuleType("counting_scorers")

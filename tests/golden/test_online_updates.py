@@ -18,7 +18,7 @@ from diffalign.methods import resolve
 from diffalign.samplers import guided, rollout
 from diffalign.schedule import Discrete, Rectified
 from diffalign.transitions import ddim, flow_sde
-from diffalign.types import Batch, Draw, Path
+from diffalign.types import Batch, Draw, SampledPath
 
 from .toy import (
     F64,
@@ -53,7 +53,7 @@ def density(mean: Tensor, std: Tensor, reached: Tensor) -> Tensor:
     return each.mean((-2, -1))
 
 
-def sampled(family: Family, net: Net, tilt: Tensor, k: int, steps: int, kind: Any, guidance: float) -> Path:
+def sampled(family: Family, net: Net, tilt: Tensor, k: int, steps: int, kind: Any, guidance: float) -> SampledPath:
     """The guided trajectories of K candidates per prompt that begin in the same noise."""
     b = len(tilt)
     rows = {"tilt": tilt[:, None].expand(b, k).flatten()}
@@ -61,7 +61,7 @@ def sampled(family: Family, net: Net, tilt: Tensor, k: int, steps: int, kind: An
     start = normal(b, 1, 2, 2, seed=20).expand(b, k, 2, 2).flatten(0, 1)
     with torch.no_grad():
         _, path = rollout(predict, start, family.schedule.grid(steps), kind, iter(normal(steps, b * k, 2, 2, seed=21)))
-    return Path(*(value.unflatten(0, (b, k)) for value in (path.t, path.x, path.prediction)))
+    return SampledPath(*(value.unflatten(0, (b, k)) for value in (path.t, path.x, path.prediction)))
 
 
 def rows(batch: Batch, *sizes: int) -> list[Batch]:
@@ -91,7 +91,9 @@ REWARDS = [[[0.7, 0.2], [0.1, 0.2]], [[0.3, 0.1], [0.4, 0.9]], [[1.0, 0.0], [0.0
 """Two rewards of two images: the first dominates, the second does, neither, equal."""
 
 
-def d3po_loss(values: Values, reference: Values, path: Path, tilt: Tensor, counted: Any) -> tuple[Tensor, Tensor]:
+def d3po_loss(
+    values: Values, reference: Values, path: SampledPath, tilt: Tensor, counted: Any
+) -> tuple[Tensor, Tensor]:
     """The mean over pairs and their steps, and which ratios left the band."""
     table = torch.tensor(Discrete.scaled_linear().alphas_cumprod, dtype=F64)
     x, reached, prompt = path.x[:, :, :-1], path.x[:, :, 1:], tilt[:, None, None].expand(-1, 2, path.x.shape[2] - 1)
@@ -132,7 +134,7 @@ def test_d3po_is_a_clipped_dpo_of_every_common_step(keep_ties):
     assert torch.equal(path.x[:, 0, 0], path.x[:, 1, 0])
     assert not torch.isclose(path.x[:, 0, 1], path.x[:, 1, 1]).any()
     preference = credit.pareto_preference(torch.tensor(REWARDS, dtype=F64))
-    blind = Path(path.t, path.x, torch.full_like(path.prediction, torch.nan))  # the sampler's own are not read
+    blind = SampledPath(path.t, path.x, torch.full_like(path.prediction, torch.nan))  # the sampler's own are not read
     batch = Batch(path.x[:, :, -1], {"tilt": tilt[:, None]}, {"reward": preference}, path=blind)
     options = {"draw": {"count": None}, "estimate": {"guidance": 5.0}, "objective": {"keep_ties": keep_ties}}
     method = resolve("d3po", **options)
@@ -149,7 +151,7 @@ def test_d3po_is_a_clipped_dpo_of_every_common_step(keep_ties):
 
 
 def grpo_loss(
-    values: Values, old: Values, reference: Values, path: Path, tilt: Tensor, gain: Tensor, frozen: bool
+    values: Values, old: Values, reference: Values, path: SampledPath, tilt: Tensor, gain: Tensor, frozen: bool
 ) -> tuple[Tensor, Tensor]:
     """Policy loss plus 0.04 KL over all steps but the last, and where the clip took the gradient away."""
     steps, k = path.x.shape[2] - 2, path.x.shape[1]
@@ -185,7 +187,7 @@ def test_flow_grpo_s_two_updates_of_a_round(detach_uncond, adam):
     gain = advantages(rewards)
     kept = ~credit.alike(rewards)
     assert kept.tolist() == [True, True, False, True, True]
-    tilt, gain, path = tilt[kept], gain[kept], Path(path.t[kept], path.x[kept], path.prediction[kept])
+    tilt, gain, path = tilt[kept], gain[kept], SampledPath(path.t[kept], path.x[kept], path.prediction[kept])
     batch = Batch(path.x[:, :, -1], {"tilt": tilt[:, None]}, {"advantage": gain}, path=path)
     method = resolve("flow-grpo", draw={"count": None}, estimate={"guidance": 4.5, "detach_uncond": detach_uncond})
     plain: Any = torch.optim.SGD(roles.trainable(), lr=1e-2)
@@ -196,7 +198,7 @@ def test_flow_grpo_s_two_updates_of_a_round(detach_uncond, adam):
     old, reference = roles.start["policy"], roles.start["reference"]
     values, gain = old, standardised(rewards)[kept]
     for number, half in enumerate((slice(0, 2), slice(2, 4))):
-        stored = Path(path.t[half], path.x[half], path.prediction[half])
+        stored = SampledPath(path.t[half], path.x[half], path.prediction[half])
         loss = partial(
             grpo_loss, old=old, reference=reference, path=stored, tilt=tilt[half], gain=gain[half],
             frozen=detach_uncond,

@@ -17,7 +17,7 @@ from diffalign.schedule import Discrete, Rectified
 from diffalign.textset import TextDataset
 from diffalign.train.step import StepResult, loss_step
 from diffalign.transitions import FLOW_STEPS, ddim
-from diffalign.types import Batch, Method, Path
+from diffalign.types import Batch, Method, SampledPath
 from diffalign.weights import Weights, add_lora
 
 from . import tiny
@@ -99,7 +99,7 @@ def labels_of(name: str, b: int, k: int) -> dict[str, Tensor]:
     return {label: every[label] for label in needs(*METHODS[name].terms).labels}
 
 
-def path_of(name: str, family: Images, net: nn.Module, cond: dict[str, Tensor], k: int) -> tuple[Tensor, Path]:
+def path_of(name: str, family: Images, net: nn.Module, cond: dict[str, Tensor], k: int) -> tuple[Tensor, SampledPath]:
     """Samples (B, K, ...) of a network and the trajectories that led to them."""
     schedule = family.schedule
     term = METHODS[name].main.estimate
@@ -123,7 +123,7 @@ def path_of(name: str, family: Images, net: nn.Module, cond: dict[str, Tensor], 
         noise,
     )
     t, x, prediction = (getattr(path, part).unflatten(0, (b, k)) for part in ("t", "x", "prediction"))
-    return x[:, :, -1], Path(t, x, prediction)
+    return x[:, :, -1], SampledPath(t, x, prediction)
 
 
 def diffusion_kit(name: str, schedule: Rectified | Discrete) -> Kit:

@@ -178,6 +178,15 @@ def test_extends_merges_sections_and_replaces_values(tmp_path):
     assert loaded.run.seed == 5
 
 
+def test_extends_a_shipped_config_by_name(tmp_path, monkeypatch):
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    save(shipped / "base.yaml", TRAIN)
+    monkeypatch.setattr(configfile, "config_root", lambda: shipped)
+    child = save(tmp_path / "a.yaml", {"extends": "base.yaml", "run": {"seed": 7}})
+    assert configfile.load(TrainConfig, child).run.seed == 7
+
+
 def test_extends_is_one_level_deep(tmp_path):
     save(tmp_path / "c.yaml", TRAIN)
     save(tmp_path / "b.yaml", {"extends": "c.yaml"})

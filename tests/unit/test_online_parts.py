@@ -20,7 +20,7 @@ from diffalign.train import online
 from diffalign.train.job import Job, _check_ranks
 from diffalign.train.rollout import Group, Roller, Rollout, assemble
 from diffalign.train.round import Item, Round, share
-from diffalign.types import LogProbs, Path
+from diffalign.types import LogProbs, SampledPath
 
 NAN = math.nan
 S = 3
@@ -200,7 +200,7 @@ class TestCredits:
 def shared(method: str, rewards: Tensor, buffered=None, mine=slice(None), **changes: Any) -> Round:
     """A round of G groups with those rewards (G, S, M)."""
     g, s, m = rewards.shape
-    path = Path(torch.zeros(g, s, 2), torch.zeros(g, s, 2, 1), torch.zeros(g, s, 1, 1))
+    path = SampledPath(torch.zeros(g, s, 2), torch.zeros(g, s, 2, 1), torch.zeros(g, s, 1, 1))
     rollout = Rollout(tuple(groups(*range(g))), {}, torch.arange(g * s).reshape(g, s, 1).float(), path)
     weights = changes.pop("weights", torch.ones(m))
     names = [f"prompt {n}" for n in range(g)]

@@ -15,7 +15,7 @@ from diffalign.samplers import rollout
 from diffalign.schedule import Discrete, Rectified
 from diffalign.train.step import loss_step
 from diffalign.transitions import FLOW_STEPS, cps, dance, ddim, flow_sde
-from diffalign.types import Batch, Draw, Path
+from diffalign.types import Batch, Draw, SampledPath
 
 from .tiny import Watched
 
@@ -125,7 +125,7 @@ def collected(family: Watched, k: int = 2, steps: int = 5, dtype=torch.float32) 
 
     start = normal(3 * k, 2, 4, seed=9, dtype=dtype)
     _, path = rollout(predict, start, Rectified(shift=3.0).grid(steps).to(dtype), flow_sde, noises)
-    whole = Path(*(value.unflatten(0, (3, k)) for value in (path.t, path.x, path.prediction)))
+    whole = SampledPath(*(value.unflatten(0, (3, k)) for value in (path.t, path.x, path.prediction)))
     reward = torch.arange(3 * k, dtype=dtype).reshape(3, k)
     labels = {"reward": reward, "advantage": reward - 1.5}
     return Batch(whole.x[:, :, -1], {"tilt": tilt}, labels, path=whole)
@@ -213,7 +213,7 @@ def test_a_discrete_schedule_takes_its_own_levels():
     table = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64)
     grid = schedule.unit(torch.tensor([981, 481, 1, 0]))
     x, prediction = normal(1, 1, 4, 3, seed=1), normal(1, 1, 3, 3, seed=2)
-    batch = Batch(x[:, :, -1], {"tilt": torch.zeros(1, 1)}, {}, path=Path(grid.expand(1, 1, 4), x, prediction))
+    batch = Batch(x[:, :, -1], {"tilt": torch.zeros(1, 1)}, {}, path=SampledPath(grid.expand(1, 1, 4), x, prediction))
     draw = draw_of(family, batch, count=None)
     lp = transition(family, family, batch, draw, ("behaviour",), kind="ddim")
     order = draw.t[0, 0].argsort(descending=True)

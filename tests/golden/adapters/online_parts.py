@@ -71,7 +71,7 @@ def advantages(params: Given, inputs: Given) -> dict[str, Any]:
     rewards = inputs.tensor("rewards")
     groups = inputs("prompts", None) or [0] * len(rewards)
     if kind == "contiguous_group":
-        groups = credit.contiguous(len(rewards), params("group_size"))
+        groups = [index // params("group_size") for index in range(len(rewards))]
     size = {"avg_group_size": len(groups) / len(set(groups))}
     if kind == "dpo":
         for name in ("eps", "ddof", "global_std"):
