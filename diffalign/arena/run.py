@@ -202,7 +202,7 @@ def _trials(config: cfg.ArenaConfig, name: str) -> list[Plan]:
 
 
 class _Tuned(NamedTuple):
-    """The learning rates that were tried, and the best one: the middle one if all failed."""
+    """The learning rates that were tried, and what cells train with: of the best one, the middle one if all failed."""
 
     trials: list[Trial]
     rate: float
@@ -216,7 +216,8 @@ def _tuned(plans: Sequence[Plan]) -> _Tuned:
     kept = comparison.common(*found.values())[0] if found else []
     scores = {lr: comparison.means(one)["overall"] for lr, one in zip(found, kept, strict=True)}
     trials = [Trial(learning_rate=plan.lr, score=scores.get(plan.lr)) for plan in plans]
-    return _Tuned(trials, max(scores, key=lambda lr: scores[lr]) if scores else plans[len(plans) // 2].lr)
+    best = max(scores, key=lambda lr: scores[lr]) if scores else plans[len(plans) // 2].lr
+    return _Tuned(trials, best * plans[0].config.tuning.scale)
 
 
 def _base(config: cfg.ArenaConfig) -> Snapshot:
@@ -255,7 +256,8 @@ def report(config: cfg.ArenaConfig, base: Snapshot) -> ArenaResults:
         trained_prompts=len({*prompts} & trained_on),
         trained_samples=sum(prompt in trained_on for prompt in prompts),
         tuning=f"{len(tuning.factors)} learning rates per method, {tuning.budget:,} network evaluations each, "
-        f"judged on {tuning.prompts.source} with seed {tuning.seed}; beside the budget",
+        f"judged on {tuning.prompts.source} with seed {tuning.seed}; beside the budget"
+        + (f"; trained with {tuning.scale:g} of the best" if tuning.scale != 1 else ""),
         settings=_described(config),
         waiting=waiting,
         machine=f"{datetime.date.today()}, {described()}",

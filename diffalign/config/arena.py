@@ -70,6 +70,12 @@ class ArenaTuning(Strict):
 
     factors: list[float] = Field(min_length=1, description="times the entry's learning rate")
     budget: int = Field(gt=0, description="network evaluations per trial")
+    scale: float = Field(
+        default=1.0,
+        gt=0,
+        description="what cells train with, of the best rate of the trials: sqrt(tuning budget / budget) keeps the "
+        "variance that Adam's steps of noisy gradients add up to",
+    )
     prompts: PromptsConfig = Field(description="what trials are judged on; training prompts")
     seed: int = 99
 

@@ -200,6 +200,8 @@ def test_samples_that_a_trial_could_not_judge_count_for_none(arena):
         prompts.update({prompt: [float("nan")] * len(row) for prompt, row in prompts.items()})
     path.write_text(json.dumps(found))
     lame = arenas._tuned(plans)
+    halved = load(ArenaConfig, arena, ["tuning.scale=0.5"])
+    assert arenas._tuned(arenas._trials(halved, "awm")).rate == lame.rate / 2
     path.write_text(kept)
     assert lame.rate == plans[1].lr
     assert [trial.score for trial in lame.trials] == [None, whole.trials[1].score]
