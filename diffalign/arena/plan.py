@@ -86,3 +86,20 @@ class Plan:
                 },
             }
         )
+
+
+def planned(config: cfg.ArenaConfig, name: str, seed: int) -> Plan:
+    """A cell to be; its learning rate is that of the middle until tuning has chosen one."""
+    moments, prompts = tuple(config.moments), config.evaluate.prompts
+    folder = Path(config.dir) / "cells" / f"{name}-{seed}"
+    return Plan(config, name, seed, config.entries[name].lr, config.budget, prompts, moments, folder, guided=True)
+
+
+def trials(config: cfg.ArenaConfig, name: str) -> list[Plan]:
+    """The cells that an entry's learning rate is chosen by, one per factor, on training prompts."""
+    how, root = config.tuning, Path(config.dir) / "tuning"
+    rates = {f"{name}-{factor:g}": config.entries[name].lr * factor for factor in how.factors}
+    return [
+        Plan(config, name, how.seed, lr, how.budget, how.prompts, (1.0,), root / folder, guided=False)
+        for folder, lr in rates.items()
+    ]

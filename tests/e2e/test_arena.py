@@ -188,20 +188,21 @@ def test_a_trial_that_ran_later_changes_no_rate_of_a_cell(arena, cli):
 
 
 def test_samples_that_a_trial_could_not_judge_count_for_none(arena):
-    from diffalign.arena import run as arenas
+    from diffalign.arena.plan import trials
+    from diffalign.arena.tuning import tuned
     from diffalign.config import ArenaConfig
     from diffalign.config.file import load
 
-    plans = arenas._trials(load(ArenaConfig, arena), "awm")
-    whole = arenas._tuned(plans)
+    plans = trials(load(ArenaConfig, arena), "awm")
+    whole = tuned(plans)
     path, kept = plans[0].result, plans[0].result.read_text()
     found = json.loads(kept)
     for prompts in found["snapshots"][-1]["outcomes"]["correct"].values():
         prompts.update({prompt: [float("nan")] * len(row) for prompt, row in prompts.items()})
     path.write_text(json.dumps(found))
-    lame = arenas._tuned(plans)
+    lame = tuned(plans)
     halved = load(ArenaConfig, arena, ["tuning.scale=0.5"])
-    assert arenas._tuned(arenas._trials(halved, "awm")).rate == lame.rate / 2
+    assert tuned(trials(halved, "awm")).rate == lame.rate / 2
     path.write_text(kept)
     assert lame.rate == plans[1].lr
     assert [trial.score for trial in lame.trials] == [None, whole.trials[1].score]
