@@ -25,6 +25,7 @@ from diffalign.arena.report import report
 from diffalign.arena.results import headline
 from diffalign.arena.scores import Snapshot
 from diffalign.arena.tuning import tuned
+from diffalign.errors import UserError
 from diffalign.files import claim
 
 SHARED = {"model", "scorers", "reward", "pool", "pool_prompts", "pool_share", "candidates", "rounds", "optim"}
@@ -36,7 +37,8 @@ def run(config: cfg.ArenaConfig, dry_run: bool = False) -> Path:
     """Run what is missing, failed cells again; returns the page.
 
     Raises:
-        UserError: something of the config does not fit, or cells were made with other settings.
+        UserError: something of the config does not fit, cells were made with other settings, or cells failed, which
+            leaves a page of the others.
     """
     root = Path(config.dir)
     tried = {name: trials(config, name) for name in config.entries}
@@ -58,7 +60,13 @@ def run(config: cfg.ArenaConfig, dry_run: bool = False) -> Path:
             workers.run(f"seed {seed}", [replace(plan, lr=rates[plan.name]) for plan in own if plan.name in rates])
             results = report(config, base)
     print("\n".join(headline(results)))
-    return Path(config.out) / page.PAGE
+    out = Path(config.out) / page.PAGE
+    failed = [plan for own in (*tried.values(), *cells.values()) for plan in own if plan.failure.is_file()]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of the cells failed, such as {failed[0].failure}; the same command runs them again"
+        )
+    return out
 
 
 def _claim(plan: Plan, identity: dict[str, Any], *, write: bool) -> None:

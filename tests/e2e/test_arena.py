@@ -218,7 +218,8 @@ def test_a_failed_cell_says_why_and_runs_again(arena, cli, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(cells, "judged", fail)
-        assert cli("arena", arena).code == 0
+        result = cli("arena", arena)
+    assert (result.code, "1 of the cells failed" in result.err) == (2, True), result.err
     failed = (arena.parent / "cells/cells/awm-0/failed.txt").read_text()
     assert "Traceback" in failed
     assert "RuntimeError: out of luck" in (arena.parent / "out/arena.html").read_text()
