@@ -116,10 +116,10 @@ def stub_job(net: nn.Module, weights: Weights, micro: int, accumulate: int) -> A
 
     run = SimpleNamespace(
         world=1, rank=0, rollbacks=0, autocast=torch.enable_grad, kernels=lambda positions: nullcontext(),
-        mean_over_ranks=torch.mean, folder=Path(),
+        mean_over_ranks=torch.mean, sum_over_ranks=lambda x: x, device=torch.device("cpu"), folder=Path(),
     )  # fmt: skip
     net.device = torch.device("cpu")
-    settings = SimpleNamespace(accumulate=accumulate, batch=micro, seed=0, ema=0.9)
+    settings = SimpleNamespace(accumulate=accumulate, batch=micro, seed=0, ema=0.9, ema_every=1)
     update = linear.make_update(net, lambda t: t)
     config = SimpleNamespace(run=settings, data=SimpleNamespace(bank=None))
     core = SimpleNamespace(
