@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pydantic import ValidationError
-
 from diffalign import build, score
 from diffalign import config as cfg
 from diffalign.arena.plan import Plan
@@ -62,16 +60,14 @@ def _check_entry(plan: Plan) -> None:
         raise UserError(f"{where}: give `build` rules, `online` settings, or both")
     try:
         training = plan.training(1)
-        resolve(**training.method.model_dump())
-        if training.online is not None:
+        if training.online is None:
+            resolve(**training.method.model_dump())
+        else:
             job.check(training)
-        if training.online is not None and training.online.stop is not None:
-            raise UserError("online.stop: would end before the budget; remove it")
+            if training.online.stop is not None:
+                raise UserError("online.stop: would end before the budget; remove it")
         if plan.entry.build is not None:
             build.check(plan.building())
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

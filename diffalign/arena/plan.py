@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign import config as cfg
+from diffalign.config.file import validate
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Plan:
         """How the entry's records are made of the pool."""
         rules = {"reward": self.config.reward, "page": False, **(self.entry.build or {})}
         files = {"records": str(self.pool / "scored.jsonl"), "out": str(self.pool / f"{self.name}-built.jsonl")}
-        return cfg.BuildConfig.model_validate({**rules, **files})
+        return validate(cfg.BuildConfig, {**rules, **files})
 
     def training(self, steps: int, save_every: int = 0) -> cfg.TrainConfig:
         """The config of the cell's run, as a user could have written it; ``steps`` are rounded up to a round."""
@@ -67,7 +68,8 @@ class Plan:
         if entry.online is not None:
             shared = config.rounds.model_dump(exclude_unset=True)
             rounds = {**shared, **entry.online, "scorers": config.scorers, "reward": config.reward}
-        return cfg.TrainConfig.model_validate(
+        return validate(
+            cfg.TrainConfig,
             {
                 "model": config.model,
                 "data": {"records": str(self.records)} if entry.build is not None else None,
@@ -84,7 +86,7 @@ class Plan:
                     "snapshots": True,
                     "resume": "latest",
                 },
-            }
+            },
         )
 
 

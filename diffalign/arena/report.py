@@ -75,9 +75,9 @@ def _trained_on(config: cfg.ArenaConfig) -> set[str]:
     """Prompts that some method saw in training or tuning."""
     rounds = [{**config.rounds.model_dump(), **entry.online} for entry in config.entries.values() if entry.online]
     own = [cfg.PromptsConfig.model_validate(one["prompts"]) for one in rounds if one["prompts"]]
-    sources = [config.pool_prompts, *([config.rounds.prompts] if config.rounds.prompts else []), *own]
+    named = {repr(one): one for one in (config.pool_prompts, *filter(None, [config.rounds.prompts]), *own)}
     seeds = (*config.seeds, config.tuning.seed)
-    found = {str(record.prompt) for source in sources for seed in seeds for record in read_prompts(source, seed)}
+    found = {str(record.prompt) for source in named.values() for seed in seeds for record in read_prompts(source, seed)}
     return found | {str(record.prompt) for record in read_prompts(config.tuning.prompts, config.evaluate.seed)}
 
 
@@ -90,9 +90,9 @@ def _found(config: cfg.ArenaConfig) -> tuple[list[Entry], list[Cell], list[str]]
         if not own:
             waiting += [entry.title] if not config.only or name in config.only else []
             continue
-        rates = [cell.read(plan.result)[1] for plan in plans if plan.result.is_file()]
+        rates = [rate for _, rate in own if rate is not None]
         tuning = tuned(trials(config, name))
-        cells += own
+        cells += [found for found, _ in own]
         entries.append(
             Entry(
                 name=name,
@@ -106,13 +106,14 @@ def _found(config: cfg.ArenaConfig) -> tuple[list[Entry], list[Cell], list[str]]
     return entries, cells, waiting
 
 
-def _cell(plan: Plan) -> Cell | None:
-    """What became of a cell, if it was run."""
+def _cell(plan: Plan) -> tuple[Cell, float | None] | None:
+    """What became of a cell and its learning rate, None if it failed; None if it was not run."""
     if plan.result.is_file():
-        return Cell(plan.name, plan.seed, cell.read(plan.result)[0])
+        found, rate = cell.read(plan.result)
+        return Cell(plan.name, plan.seed, found), rate
     if plan.failure.is_file():
         reason = plan.failure.read_text(encoding="utf-8").strip().splitlines()[-1]
-        return Cell(plan.name, plan.seed, [], reason)
+        return Cell(plan.name, plan.seed, [], reason), None
     return None
 
 

@@ -43,9 +43,10 @@ def run(config: cfg.ArenaConfig, dry_run: bool = False) -> Path:
     root = Path(config.dir)
     tried = {name: trials(config, name) for name in config.entries}
     cells = {seed: [planned(config, name, seed) for name in config.entries] for seed in config.seeds}
+    plans = [plan for own in (*tried.values(), *cells.values()) for plan in own]
     check(config, [own[0] for own in tried.values()])
     claim(root / "arena.json", config.model_dump(mode="json", include=SHARED), root, write=not dry_run)
-    for plan in (plan for own in (*tried.values(), *cells.values()) for plan in own):
+    for plan in plans:
         _claim(plan, plan.identity(), write=False)
     chosen = config.only or list(config.entries)
     if dry_run:
@@ -61,7 +62,7 @@ def run(config: cfg.ArenaConfig, dry_run: bool = False) -> Path:
             results = report(config, base)
     print("\n".join(headline(results)))
     out = Path(config.out) / page.PAGE
-    failed = [plan for own in (*tried.values(), *cells.values()) for plan in own if plan.failure.is_file()]
+    failed = [plan for plan in plans if plan.failure.is_file()]
     if failed:
         raise UserError(
             f"{len(failed)} of the cells failed, such as {failed[0].failure}; the same command runs them again"
